@@ -1,0 +1,70 @@
+"""What a solve returns: the value, whether it may be trusted, and why not."""
+
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import optimistix as optx
+
+Y = TypeVar("Y")
+Aux = TypeVar("Aux")
+
+
+class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    """How a solve ended: optimistix's codes, and finer reasons for a failure.
+
+    Every message is one cause, then one remedy. `RESULTS[result]` is the message.
+    """
+
+    successful = ""
+    local_minimum = (
+        "The solver stopped at a local minimum of the residual norm that is not a "
+        "root: no small step reduces the residual. Start from another `y0`, or check "
+        "that a root exists for these parameters."
+    )
+    singular_jacobian = (
+        "The Jacobian is singular at the best point found, so no Newton step exists. "
+        "Start from another `y0`, remove redundant equations, or state the problem as "
+        "least squares."
+    )
+    unattainable_tolerance = (
+        "The requested tolerance is below what this floating-point precision can "
+        "resolve for this function. Loosen `rtol`/`atol`, rescale the equations, or "
+        "use float64."
+    )
+    nonfinite_start = (
+        "The function is not finite (inf or NaN) at the initial guess. Pass a `y0` "
+        "inside the function's domain."
+    )
+    saddle_point = (
+        "The solver stopped at a stationary point that is not a minimum: the Hessian "
+        "has a direction of negative curvature. Perturb `y0` away from the symmetry "
+        "or saddle."
+    )
+    residual_too_large = (
+        "The residual at the solution exceeds `residual_tol`, so its implicit "
+        "derivative would belong to another problem. Tighten the solver's tolerance, "
+        "raise `max_steps`, or loosen `residual_tol`."
+    )
+    host_failure = (
+        "The solver on the host reported failure. Its own message is in its log; "
+        "loosen its tolerance, raise its iteration limit, or start from another `y0`."
+    )
+
+
+class Solution(eqx.Module, Generic[Y, Aux]):
+    """The solution of a condition, with what is known about its quality.
+
+    **Attributes:**
+
+    - `value`: the solution, with the structure, shapes and dtypes of `y0`.
+    - `result`: a [`eqximplicit.RESULTS`][] item; `RESULTS[result]` is its message.
+    - `aux`: auxiliary output of the function or the solver; `None` without `has_aux`.
+    - `stats`: `num_steps` (int array, shape `()`; `-1` when a callable does not report
+        it), `residual_norm` (float array, shape `()`: the largest absolute entry of
+        the residual at `value`) and whatever the solver adds. Dimensionless.
+    """
+
+    value: Y
+    result: RESULTS
+    aux: Aux
+    stats: dict[str, Any]
