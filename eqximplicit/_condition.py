@@ -1,0 +1,261 @@
+r"""WHAT defines a solution: the equation that it satisfies.
+
+A condition turns the user's function into the square system `residual(y, args) = 0`
+that the implicit function theorem needs. How that system is solved, and how its
+solution is differentiated, is not known here.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from equinox import AbstractVar
+from jaxtyping import Array, PyTree
+
+from ._state import (
+    check_same_shapes,
+    check_same_structure,
+    describe,
+    retree,
+    struct_of,
+)
+
+Y = TypeVar("Y")
+Args = TypeVar("Args")
+_Condition = TypeVar("_Condition", bound="AbstractCondition[Any, Any]")
+
+
+def _tag_set(tags: object) -> frozenset[object]:
+    if isinstance(tags, Iterable) and not isinstance(tags, str):
+        return frozenset(tags)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    return frozenset({tags})
+
+
+def _symmetric_tag_set(tags: object) -> frozenset[object]:
+    return _tag_set(tags) | {lx.symmetric_tag}
+
+
+class AbstractCondition(eqx.Module, Generic[Y, Args]):
+    """An equation `residual(y, args) = 0` with as many equations as unknowns.
+
+    **Attributes:**
+
+    - `fn`: the user's function `fn(y, args)`; any callable pytree (an `eqx.Module`, a
+        closure, a bound method, an `eqx.Partial`). Its arrays are parameters.
+    - `tags`: lineax tags that hold for the Jacobian of the residual in `y`.
+    - `has_aux`: whether `fn` returns a pair `(out, aux)`.
+    - `takes_aux`: whether `fn` is called as `fn(y, args, aux)` with the auxiliary
+        output of the solver (a neighbour list, say).
+    """
+
+    fn: AbstractVar[Callable[..., Any]]
+    tags: AbstractVar[frozenset[object]]
+    has_aux: AbstractVar[bool]
+    takes_aux: AbstractVar[bool]
+
+    @abc.abstractmethod
+    def residual(self, y: Y, args: Args, aux: Any = None) -> Y:
+        """Returns what is zero at a solution, with the leaf shapes of `y`."""
+
+    @abc.abstractmethod
+    def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
+        """Refuses a function whose output `out` (shapes) does not fit the state `y`.
+
+        **Raises:** `ValueError` naming the leaf, its shape and dtype.
+        """
+
+    def call(self, y: Y, args: Args, aux: Any = None) -> tuple[Any, Any]:
+        """Returns `fn`'s output and its auxiliary output (`None` without `has_aux`)."""
+        out = self.fn(y, args, aux) if self.takes_aux else self.fn(y, args)
+        if not self.has_aux:
+            return out, None
+        if not isinstance(out, tuple) or len(out) != 2:  # pyright: ignore[reportUnknownArgumentType]
+            raise ValueError(
+                "`has_aux=True` needs a function that returns a pair `(out, aux)`; "
+                f"got {jtu.tree_structure(out)}. Return a pair or drop `has_aux`."
+            )
+        return out  # pyright: ignore[reportUnknownVariableType]
+
+
+class _Hoisted(eqx.Module):
+    """A function whose captured arrays are leaves; its output is `(out, aux)`."""
+
+    fn: Callable[..., Any]
+    takes_aux: bool = eqx.field(static=True)
+
+    def __call__(self, y: Any, args: Any, aux: Any = None) -> Any:
+        return self.fn(y, args, aux if self.takes_aux else None)
+
+
+def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Condition:
+    """The same condition, with every array that `fn` captured as a leaf of its pytree.
+
+    Runs `fn` once, on tracers. Its output is made of arrays and has been checked.
+
+    **Raises:** `ValueError` if the output does not fit the state.
+    """
+
+    def call(y: Any, args: Any, aux: Any) -> Any:
+        out, fn_aux = condition.call(y, args, aux)
+        arrays = jtu.tree_map(_as_array, out)
+        condition.check(struct_of(arrays), struct_of(y))
+        return arrays, fn_aux
+
+    given = aux if condition.takes_aux else None
+    fn = _Hoisted(eqx.filter_closure_convert(call, y, args, given), condition.takes_aux)
+    return dataclasses.replace(condition, fn=fn, has_aux=True, takes_aux=True)
+
+
+def _as_array(leaf: object) -> Array:
+    if eqx.is_array_like(leaf):
+        return jnp.asarray(leaf)  # pyright: ignore[reportArgumentType]
+    raise ValueError(
+        f"The function returned {describe(leaf)} where a number or an array belongs. "
+        "Return auxiliary output with `has_aux=True`."
+    )
+
+
+class Root(AbstractCondition[Y, Args]):
+    r"""The solution of `fn(y, args) = 0`.
+
+    **Arguments:**
+
+    - `fn`: returns the residual: as many leaves as `y`, of the same shapes.
+    - `tags`: lineax tags of `∂fn/∂y`, for example `lx.symmetric_tag`.
+    - `has_aux`: whether `fn` returns `(residual, aux)`.
+    - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
+    """
+
+    fn: Callable[..., Any]
+    tags: frozenset[object] = eqx.field(
+        default=frozenset(), static=True, converter=_tag_set
+    )
+    has_aux: bool = eqx.field(default=False, static=True)
+    takes_aux: bool = eqx.field(default=False, static=True)
+
+    def residual(self, y: Y, args: Args, aux: Any = None) -> Y:
+        """Returns `fn(y, args)` in the structure of `y`."""
+        out, _ = self.call(y, args, aux)
+        return retree(out, y)
+
+    def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
+        """Refuses a residual whose leaf shapes are not those of `y`."""
+        check_same_shapes("The residual", out, y)
+
+
+class FixedPoint(AbstractCondition[Y, Args]):
+    r"""The solution of `y = fn(y, args)`; its residual is `y - fn(y, args)`.
+
+    The Jacobian of the residual is `I - ∂fn/∂y`, so that a Neumann series of its
+    inverse is the series of the adjoint's own fixed-point iteration.
+
+    **Arguments:**
+
+    - `fn`: returns the image of `y`: the structure, shapes and dtypes of `y`.
+    - `tags`: lineax tags of `I - ∂fn/∂y`.
+    - `has_aux`: whether `fn` returns `(image, aux)`.
+    - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
+    """
+
+    fn: Callable[..., Any]
+    tags: frozenset[object] = eqx.field(
+        default=frozenset(), static=True, converter=_tag_set
+    )
+    has_aux: bool = eqx.field(default=False, static=True)
+    takes_aux: bool = eqx.field(default=False, static=True)
+
+    def residual(self, y: Y, args: Args, aux: Any = None) -> Y:
+        """Returns `y - fn(y, args)`."""
+        out, _ = self.call(y, args, aux)
+        return jtu.tree_map(lambda a, b: a - b, y, out)
+
+    def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
+        """Refuses a map whose output differs from `y` in structure, shape or dtype."""
+        check_same_structure("The fixed-point map", out, y)
+
+
+class Minimum(AbstractCondition[Y, Args]):
+    r"""A minimum of the real scalar `fn(y, args)`; its residual is the gradient.
+
+    The Jacobian of the residual is the Hessian, which is symmetric. For complex `y`
+    the residual is the direction of steepest ascent (the conjugate of `jax.grad`).
+
+    **Arguments:**
+
+    - `fn`: the objective: a real scalar, shape `()`.
+    - `tags`: lineax tags of the Hessian; `lx.symmetric_tag` is always added. Say
+        `lx.positive_semidefinite_tag` where the objective is known to be convex.
+    - `has_aux`: whether `fn` returns `(objective, aux)`.
+    - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
+    """
+
+    fn: Callable[..., Any]
+    tags: frozenset[object] = eqx.field(
+        default=frozenset(), static=True, converter=_symmetric_tag_set
+    )
+    has_aux: bool = eqx.field(default=False, static=True)
+    takes_aux: bool = eqx.field(default=False, static=True)
+
+    def residual(self, y: Y, args: Args, aux: Any = None) -> Y:
+        """Returns the gradient of the objective in `y`."""
+        gradient = jax.grad(lambda y: self.call(y, args, aux)[0])(y)
+        return jtu.tree_map(jnp.conj, gradient)
+
+    def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
+        """Refuses an objective that is not a real scalar."""
+        del y
+        scalar = jtu.treedef_is_leaf(jtu.tree_structure(out)) and out.shape == ()
+        if not scalar or not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ValueError(
+                "The objective must be a real scalar of shape (); got "
+                f"{jtu.tree_map(describe, out)}. Sum or average it."
+            )
+
+
+class LeastSquares(AbstractCondition[Y, Args]):
+    r"""A minimum of `½ ‖fn(y, args)‖²`; its residual is the gradient `Jᵀ fn(y, args)`.
+
+    The derivative uses the full Hessian `JᵀJ + Σᵢ fnᵢ ∇²fnᵢ`, so it is exact for
+    problems whose residuals do not vanish too.
+
+    **Arguments:**
+
+    - `fn`: returns the residuals: any pytree of arrays, of any number.
+    - `tags`: lineax tags of the Hessian; `lx.symmetric_tag` is always added.
+    - `has_aux`: whether `fn` returns `(residuals, aux)`.
+    - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
+    """
+
+    fn: Callable[..., Any]
+    tags: frozenset[object] = eqx.field(
+        default=frozenset(), static=True, converter=_symmetric_tag_set
+    )
+    has_aux: bool = eqx.field(default=False, static=True)
+    takes_aux: bool = eqx.field(default=False, static=True)
+
+    def residual(self, y: Y, args: Args, aux: Any = None) -> Y:
+        """Returns the gradient of half the sum of squares in `y`."""
+
+        def objective(y: Y) -> Array:
+            return half_sum_of_squares(self.call(y, args, aux)[0])
+
+        return jtu.tree_map(jnp.conj, jax.grad(objective)(y))
+
+    def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
+        """Refuses residuals that hold no number."""
+        del y
+        if not jtu.tree_leaves(out):
+            raise ValueError("The least-squares function returned no residuals.")
+
+
+def half_sum_of_squares(tree: PyTree[Array]) -> Array:
+    """`½ Σ |x|²` over all entries of all leaves."""
+    terms = [jnp.sum(jnp.real(x * jnp.conj(x))) / 2 for x in jtu.tree_leaves(tree)]
+    with jax.numpy_dtype_promotion("standard"):
+        return jtu.tree_reduce(jnp.add, terms)

@@ -1,0 +1,218 @@
+r"""THE RULE: the derivative of a solution, attached to its finished value.
+
+Let `y*(θ)` solve `F(y, θ) = 0`, where `θ` is everything that the condition depends on:
+the arrays of its own pytree, those its function captured by closure, and `args`.
+Differentiating `F(y*(θ), θ) = 0` in the direction `θ̇` gives the implicit function
+theorem (Krantz & Parks, *The Implicit Function Theorem*, 2013, theorem 3.3.1):
+
+    ∂F/∂y · ẏ  +  ∂F/∂θ · θ̇  =  0          ẏ  = -(∂F/∂y)⁻¹ (∂F/∂θ · θ̇)     forward
+                                            θ̄  = -(∂F/∂θ)ᵀ (∂F/∂y)⁻ᵀ ȳ      reverse
+
+The reverse rule is the transpose of the forward one, and JAX derives it. Nothing here
+knows how `y*` was found: the value comes in finished and goes out bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Bool, PyTree
+
+from ._condition import AbstractCondition, hoist, Root
+from ._linear import differentiable_linear_solve, LinearRule
+from ._state import as_state, from_real, real_dtype, stop_gradient, to_real
+from .linear_solvers import AutoLinearSolver
+
+Y = TypeVar("Y")
+Args = TypeVar("Args")
+
+
+def _is_none(x: object) -> bool:
+    return x is None
+
+
+def _theta_tangent(
+    residual: Callable[[Any], PyTree[Array]], theta: Any, t_theta: Any
+) -> PyTree[Array]:
+    """The term `∂F/∂θ · θ̇` at fixed `y`; a tangent of `None` is a zero."""
+    moves = jtu.tree_map(lambda t: t is not None, t_theta, is_leaf=_is_none)
+    moving, resting = eqx.partition(theta, moves)
+    t_moving = jtu.tree_map(lambda _, t: t, moving, t_theta)
+
+    def residual_of(moving: Any) -> PyTree[Array]:
+        return residual(eqx.combine(moving, resting))
+
+    return jax.jvp(residual_of, (moving,), (t_moving,))[1]
+
+
+def _state_tangent(
+    residual: Callable[[Any], PyTree[Array]],
+    y: PyTree[Array],
+    t_residual: PyTree[Array],
+    rule: LinearRule,
+) -> PyTree[Array]:
+    """The solution `ẏ` of `∂F/∂y · ẏ = -Ḟ`, found in the real form of the state."""
+    dtype = real_dtype(y)
+
+    def real_residual(real_y: PyTree[Array]) -> PyTree[Array]:
+        return to_real(residual(from_real(real_y, y)), dtype)
+
+    _, mv = jax.linearize(real_residual, to_real(y, dtype))  # v ↦ ∂F/∂y · v
+    vector = jtu.tree_map(jnp.negative, to_real(t_residual, dtype))  # -∂F/∂θ · θ̇
+    return from_real(differentiable_linear_solve(mv, vector, rule), y)
+
+
+class _Attachment(eqx.Module):
+    """Everything on which the derivative of a solution depends."""
+
+    theta: tuple[AbstractCondition[Any, Any], Any]
+    aux: Any
+    rule: LinearRule
+
+    def residual(self, y: Any, theta: tuple[AbstractCondition[Any, Any], Any]) -> Any:
+        condition, args = theta
+        return condition.residual(y, args, self.aux)
+
+
+@eqx.filter_custom_jvp
+def _attach(y: Any, attachment: _Attachment) -> Any:
+    del attachment
+    return y
+
+
+@_attach.def_jvp
+def _attach_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    y, attachment = primals
+    _, t_attachment = tangents  # y is the solver's: its own tangent is zero
+    y = _attach(y, attachment)  # y* moves with θ, so that higher derivatives are right
+    theta, t_theta = attachment.theta, t_attachment.theta
+    t_residual = _theta_tangent(lambda th: attachment.residual(y, th), theta, t_theta)
+    t_y = _state_tangent(
+        lambda y: attachment.residual(y, theta), y, t_residual, attachment.rule
+    )
+    return y, t_y
+
+
+def _linear_rule(
+    condition: AbstractCondition[Any, Any],
+    linear_solver: lx.AbstractLinearSolver[Any] | None,
+    options: dict[str, Any] | None,
+    trusted: Bool[Array, ""] | bool,
+) -> LinearRule:
+    return stop_gradient(
+        LinearRule(
+            solver=AutoLinearSolver() if linear_solver is None else linear_solver,
+            options={} if options is None else options,
+            tags=condition.tags,
+            trusted=jnp.asarray(trusted),
+        )
+    )
+
+
+def implicit_solution(
+    condition: AbstractCondition[Y, Args],
+    y: Y,
+    args: Args = None,
+    *,
+    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    options: dict[str, Any] | None = None,
+    aux: Any = None,
+    trusted: Bool[Array, ""] | bool = True,
+) -> Y:
+    r"""Returns `y` bit for bit, with the derivative of the solution of `condition`.
+
+    Solve in any way you like (a Python loop, SciPy, another library), then attach:
+
+    $$\frac{\partial y}{\partial\theta} = -\left(\frac{\partial F}{\partial y}\right)^{-1}
+    \frac{\partial F}{\partial\theta}$$
+
+    where $F$ is `condition.residual` and $\theta$ is everything that the condition
+    depends on: its own arrays, arrays that its function captured by closure, and
+    `args`. The derivative holds in forward and reverse mode and to every order.
+
+    **Arguments:**
+
+    - `condition`: what `y` solves, such as `Root(fn)` or `FixedPoint(fn)`.
+    - `y`: the solution, any pytree of arrays of inexact dtype. It is taken as found:
+        a derivative that flows into it is dropped.
+    - `args`: the argument of `fn(y, args)`, any pytree.
+    - `linear_solver`: a lineax solver for `∂F/∂y`; `AutoLinearSolver()` if `None`.
+    - `options`: run-time options of the linear solver, such as a preconditioner.
+    - `aux`: auxiliary output for a condition with `takes_aux`; not differentiated.
+    - `trusted`: bool, shape `()`. Where false, the derivative is NaN.
+
+    **Returns:** `y`, with the same structure, shapes and dtypes.
+
+    **Raises:** `ValueError` if the residual does not fit `y`. A linear solve that fails
+    raises nothing: its lane's derivative is NaN.
+
+    !!! example
+
+        ```python
+        y = scipy_root(theta)                                   # found somehow
+        y = eqi.implicit_solution(eqi.Root(lambda y, theta: y**3 - theta), y, theta)
+        ```
+    """
+    y, aux = stop_gradient((as_state(y), aux))
+    hoisted = hoist(condition, y, args, aux)
+    rule = _linear_rule(condition, linear_solver, options, trusted)
+    return _attach(y, _Attachment((hoisted, args), aux, rule))
+
+
+def root_jvp(
+    fn: Callable[[Y, Args], Y],
+    y: Y,
+    args: Args,
+    t_args: Args,
+    *,
+    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    tags: object = frozenset(),
+) -> Y:
+    r"""Returns $\dot y = -(\partial_y F)^{-1}\,\partial_\theta F\,\dot\theta$ at a root.
+
+    **Arguments:**
+
+    - `fn`: the residual `F(y, args)`, zero at `y`, with the leaf shapes of `y`.
+    - `y`: the root, any pytree of arrays of inexact dtype.
+    - `args`, `t_args`: the parameters and their tangent, structured alike.
+    - `linear_solver`, `tags`: how `∂F/∂y` is solved, and what is known of it.
+
+    **Returns:** the tangent of the root, structured as `y`.
+    """
+
+    def solution(args: Args) -> Y:
+        return implicit_solution(Root(fn, tags), y, args, linear_solver=linear_solver)
+
+    return eqx.filter_jvp(solution, (args,), (t_args,))[1]
+
+
+def root_vjp(
+    fn: Callable[[Y, Args], Y],
+    y: Y,
+    args: Args,
+    ct_y: Y,
+    *,
+    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    tags: object = frozenset(),
+) -> Args:
+    r"""Returns $\bar\theta = -(\partial_\theta F)^T (\partial_y F)^{-T}\,\bar y$ at a root.
+
+    **Arguments:**
+
+    - `fn`: the residual `F(y, args)`, zero at `y`, with the leaf shapes of `y`.
+    - `y`: the root, any pytree of arrays of inexact dtype.
+    - `args`: the parameters, any pytree.
+    - `ct_y`: the cotangent of the root, structured as `y`.
+    - `linear_solver`, `tags`: how `∂F/∂y` is solved, and what is known of it.
+
+    **Returns:** the cotangent of `args`; `None` in place of leaves without one.
+    """
+
+    def solution(args: Args) -> Y:
+        return implicit_solution(Root(fn, tags), y, args, linear_solver=linear_solver)
+
+    return eqx.filter_vjp(solution, args)[1](ct_y)[0]

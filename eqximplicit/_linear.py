@@ -1,0 +1,96 @@
+r"""THE RULE, second half: a linear solve over lineax that can itself be differentiated.
+
+`lx.linear_solve` raises in its tangent and transposed solves; here every solve, forward
+or transposed, answers a failure with NaN in its own lane, so a backward pass neither
+throws nor calls the host.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Bool, PyTree
+
+from ._state import all_finite, all_zero, stop_gradient, struct_of
+
+
+class LinearRule(eqx.Module):
+    """How the linear systems of a derivative are solved.
+
+    **Attributes:**
+
+    - `solver`: a lineax linear solver.
+    - `options`: run-time options of that solver, such as a preconditioner.
+    - `tags`: lineax tags of the operator.
+    - `trusted`: bool, shape `()`. Where it is false the solution is NaN.
+    """
+
+    solver: lx.AbstractLinearSolver[Any]
+    options: dict[str, Any]
+    tags: frozenset[object] = eqx.field(static=True)
+    trusted: Bool[Array, ""]
+
+
+def _nan_unless(ok: Bool[Array, ""], x: PyTree[Array]) -> PyTree[Array]:
+    return jtu.tree_map(lambda leaf: jnp.where(ok, leaf, jnp.nan), x)
+
+
+def _checked_compute(
+    rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
+) -> PyTree[Array]:
+    # A zero right-hand side has the solution zero whatever the operator is. Krylov
+    # solvers divide by its norm, and a lane that nobody asks about must stay zero.
+    solution, result, _ = rule.solver.compute(state, vector, options)
+    ok = (result == lx.RESULTS.successful) & all_finite(solution) & rule.trusted
+    zero = all_zero(vector)
+    return jtu.tree_map(
+        lambda x: jnp.where(zero, jnp.zeros_like(x), x), _nan_unless(ok, solution)
+    )
+
+
+def differentiable_linear_solve(
+    mv: Callable[[PyTree[Array]], PyTree[Array]],
+    vector: PyTree[Array],
+    rule: LinearRule,
+) -> PyTree[Array]:
+    r"""The solution `x` of `A x = b` for the linear map `A = mv`, in any AD mode.
+
+    `jax.lax.custom_linear_solve` supplies the derivative
+
+        ẋ  =  A⁻¹ (ḃ - Ȧ x)        b̄  =  A⁻ᵀ x̄        Ā  =  -b̄ xᵀ
+
+    and calls the solver once more for each. What the solver computes from `A` alone (a
+    factorisation) is computed once, and serves every right-hand side and the transpose.
+
+    **Arguments:**
+
+    - `mv`: a linear map on pytrees of the structure of `vector`, of one real dtype.
+    - `vector`: the right-hand side `b`.
+    - `rule`: the linear solver, its options, the tags of `A`, and whether to trust it.
+
+    **Returns:** `x`, structured as `vector`. All NaN where `b` is not zero and the
+    solver failed, the solution is not finite, or `rule.trusted` is false.
+    """
+    operator = lx.FunctionLinearOperator(mv, struct_of(vector), rule.tags)
+    # The factorisation carries no derivative: that of A enters through `operator.mv`.
+    frozen: lx.AbstractLinearOperator = stop_gradient(operator)
+    state = stop_gradient(rule.solver.init(frozen, rule.options))
+
+    def solve(_: Any, b: PyTree[Array]) -> PyTree[Array]:
+        return _checked_compute(rule, state, rule.options, b)
+
+    def transpose_solve(_: Any, b: PyTree[Array]) -> PyTree[Array]:
+        transposed, options = rule.solver.transpose(state, rule.options)
+        return _checked_compute(rule, transposed, options, b)
+
+    return jax.lax.custom_linear_solve(
+        operator.mv,
+        vector,
+        solve,
+        transpose_solve,
+        symmetric=lx.is_symmetric(operator),
+    )

@@ -1,0 +1,183 @@
+"""What a state may be, and the real vector space in which its derivative is solved.
+
+A state is any pytree whose leaves are arrays (or numbers) of floating or complex dtype.
+A linear solver wants one real dtype throughout, so the derivative is solved in the
+*real form* of the state: complex leaves become pairs of real and imaginary part, all
+leaves are cast to the widest of their dtypes. No leaf is ever ravelled. For a state of
+one real dtype the real form is the state itself.
+"""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+T = TypeVar("T")
+_Struct = jax.ShapeDtypeStruct | Array
+
+
+def describe(leaf: object) -> str:
+    """Shape and dtype of an array leaf; the type and value of any other leaf."""
+    if isinstance(leaf, (bool, int, float, complex, str)) or leaf is None:
+        return f"{type(leaf).__name__} {leaf!r}"
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"  # pyright: ignore[reportAttributeAccessIssue]
+    return f"an object of type {type(leaf).__name__}"
+
+
+def leaf_name(root: str, path: tuple[Any, ...]) -> str:
+    """The expression that reaches a leaf, such as `y0['bond'].length`."""
+    return root + jtu.keystr(path)
+
+
+def _as_state_leaf(path: tuple[Any, ...], leaf: object) -> Array:
+    number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
+    if not number and not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+        raise ValueError(
+            f"The state holds {describe(leaf)} at `{leaf_name('y0', path)}`; every "
+            "leaf of a state must be a number or an array. Move it to `args`, to the "
+            "function, or to a static field."
+        )
+    array = jnp.asarray(leaf)  # pyright: ignore[reportArgumentType]
+    if jnp.issubdtype(array.dtype, jnp.inexact):
+        return array
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(jnp.result_type(float))
+    raise ValueError(
+        f"The state holds {describe(leaf)} at `{leaf_name('y0', path)}`; a solution "
+        "is made of real or complex numbers. Move it to `args` or to the function."
+    )
+
+
+def as_state(y0: PyTree) -> PyTree[Array]:
+    """`y0` with array leaves of inexact dtype: integers are promoted to floats.
+
+    **Raises:** `ValueError` naming the leaf, for a leaf that is no number, and for a
+    state without leaves.
+    """
+    if not jtu.tree_leaves(y0):
+        raise ValueError(
+            f"The state `y0` is empty: got {y0!r}, which has no leaves. Pass the "
+            "initial guess, a pytree with at least one number or array."
+        )
+    return jtu.tree_map_with_path(_as_state_leaf, y0)
+
+
+def struct_of(tree: PyTree[_Struct]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a pytree of arrays."""
+    return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def check_same_shapes(name: str, out: PyTree[_Struct], y: PyTree[_Struct]) -> None:
+    """Refuses an output whose leaves do not pair off with those of the state.
+
+    **Raises:** `ValueError` naming the first leaf that differs.
+    """
+    outs, _ = jtu.tree_flatten_with_path(out)
+    ys, _ = jtu.tree_flatten_with_path(y)
+    for (out_path, out_leaf), (y_path, y_leaf) in zip(outs, ys, strict=False):
+        if not hasattr(out_leaf, "shape") or out_leaf.shape != y_leaf.shape:
+            raise ValueError(
+                f"{name} does not match the state: output leaf "
+                f"`{leaf_name('out', out_path)}` is {describe(out_leaf)}, state leaf "
+                f"`{leaf_name('y0', y_path)}` is {describe(y_leaf)}. Return one "
+                "equation for each unknown, in the shapes of `y0`."
+            )
+    if len(outs) != len(ys):
+        more = outs[len(ys) :] or ys[len(outs) :]
+        raise ValueError(
+            f"{name} has {len(outs)} leaves and the state has {len(ys)}: nothing pairs "
+            f"with `{leaf_name('out' if len(outs) > len(ys) else 'y0', more[0][0])}`, "
+            f"which is {describe(more[0][1])}. Return one equation for each unknown."
+        )
+
+
+def check_same_structure(name: str, out: PyTree[_Struct], y: PyTree[_Struct]) -> None:
+    """Refuses an output that differs from the state in structure, shape or dtype.
+
+    **Raises:** `ValueError` naming both structures, or the first leaf that differs.
+    """
+    check_same_shapes(name, out, y)
+    if jtu.tree_structure(out) != jtu.tree_structure(y):
+        raise ValueError(
+            f"{name} must return the structure of the state: got "
+            f"{jtu.tree_structure(out)}, but `y0` is {jtu.tree_structure(y)}."
+        )
+    for (path, out_leaf), y_leaf in zip(
+        jtu.tree_leaves_with_path(out), jtu.tree_leaves(y), strict=True
+    ):
+        if out_leaf.dtype != y_leaf.dtype:
+            raise ValueError(
+                f"{name} changes the dtype of `{leaf_name('y0', path)}` from "
+                f"{describe(y_leaf)} to {describe(out_leaf)}. Cast the output to "
+                f"`{y_leaf.dtype}`, or pass a `y0` of dtype `{out_leaf.dtype}`."
+            )
+
+
+def retree(out: PyTree, like: PyTree[T]) -> PyTree[T]:
+    """The leaves of `out` in the structure of `like`."""
+    return jtu.tree_unflatten(jtu.tree_structure(like), jtu.tree_leaves(out))
+
+
+def real_dtype(tree: PyTree[_Struct]) -> np.dtype:
+    """The dtype of the real form: the widest real dtype of the leaves, at least f32."""
+    leaves = [jnp.finfo(x.dtype).dtype for x in jtu.tree_leaves(tree)]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.dtype(jnp.result_type(jnp.float32, *leaves))
+
+
+def to_real(tree: PyTree[Array], dtype: np.dtype) -> PyTree[Float[Array, "..."]]:
+    """The real form of a state, or of a vector shaped like it."""
+
+    def leaf_to_real(x: Array) -> Any:
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            return x.real.astype(dtype), x.imag.astype(dtype)
+        return x.astype(dtype)
+
+    return jtu.tree_map(leaf_to_real, tree)
+
+
+def from_real(real: PyTree, like: PyTree[_Struct]) -> PyTree[Array]:
+    """The vector with the structure and dtypes of `like` whose real form is `real`."""
+    leaves = iter(jtu.tree_leaves(real))
+
+    def leaf_from_real(x: _Struct) -> Array:
+        part = jnp.finfo(x.dtype).dtype
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            return jax.lax.complex(
+                next(leaves).astype(part), next(leaves).astype(part)
+            ).astype(x.dtype)
+        return next(leaves).astype(part)
+
+    return jtu.tree_map(leaf_from_real, like)
+
+
+def stop_gradient(tree: T) -> T:
+    """`tree` with no derivative through any of its arrays."""
+    diff, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(jax.lax.stop_gradient(diff), rest)
+
+
+def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether every entry of every leaf is finite."""
+    checks = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(tree)]
+    return jtu.tree_reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def all_zero(tree: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether every entry of every leaf is zero."""
+    checks = [jnp.all(x == 0) for x in jtu.tree_leaves(tree)]
+    return jtu.tree_reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:
+    """The largest absolute entry of all leaves; zero for a state of size zero."""
+    dtype = real_dtype(tree)
+    peaks = [
+        jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jtu.tree_leaves(tree)
+    ]
+    return jtu.tree_reduce(jnp.maximum, peaks, jnp.zeros((), dtype))
