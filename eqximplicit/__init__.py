@@ -1,0 +1,35 @@
+"""Solutions of equations as differentiable building blocks of Equinox models."""
+
+from . import linear_solvers as linear_solvers, solvers as solvers
+from ._adjoint import (
+    AbstractAdjoint as AbstractAdjoint,
+    ImplicitAdjoint as ImplicitAdjoint,
+    UnrolledAdjoint as UnrolledAdjoint,
+)
+from ._condition import (
+    AbstractCondition as AbstractCondition,
+    FixedPoint as FixedPoint,
+    LeastSquares as LeastSquares,
+    Minimum as Minimum,
+    Root as Root,
+)
+from ._decorators import (
+    custom_fixed_point as custom_fixed_point,
+    custom_root as custom_root,
+)
+from ._find import (
+    fixed_point as fixed_point,
+    least_squares as least_squares,
+    minimise as minimise,
+    root_find as root_find,
+)
+from ._function import ImplicitFunction as ImplicitFunction
+from ._implicit import (
+    implicit_solution as implicit_solution,
+    root_jvp as root_jvp,
+    root_vjp as root_vjp,
+)
+from ._module import AbstractImplicitModule as AbstractImplicitModule
+from ._solution import RESULTS as RESULTS, Solution as Solution
+
+__version__ = "0.1.0"

@@ -19,6 +19,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, PyTree
 
 from ._state import (
+    check_same_field,
     check_same_shapes,
     check_same_structure,
     describe,
@@ -96,10 +97,14 @@ class _Hoisted(eqx.Module):
 def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Condition:
     """The same condition, with every array that `fn` captured as a leaf of its pytree.
 
-    Runs `fn` once, on tracers. Its output is made of arrays and has been checked.
+    Runs `fn` once, on tracers. Its output is made of arrays and has been checked. A
+    condition that is hoisted already is returned as it is.
 
     **Raises:** `ValueError` if the output does not fit the state.
     """
+
+    if isinstance(condition.fn, _Hoisted):
+        return condition
 
     def call(y: Any, args: Any, aux: Any) -> Any:
         out, fn_aux = condition.call(y, args, aux)
@@ -147,6 +152,7 @@ class Root(AbstractCondition[Y, Args]):
     def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
         """Refuses a residual whose leaf shapes are not those of `y`."""
         check_same_shapes("The residual", out, y)
+        check_same_field("The residual", out, y)
 
 
 class FixedPoint(AbstractCondition[Y, Args]):

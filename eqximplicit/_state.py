@@ -96,6 +96,21 @@ def check_same_shapes(name: str, out: PyTree[_Struct], y: PyTree[_Struct]) -> No
         )
 
 
+def check_same_field(name: str, out: PyTree[_Struct], y: PyTree[_Struct]) -> None:
+    """Refuses a complex leaf opposite a real one: they are not as many equations.
+
+    **Raises:** `ValueError` naming the leaf.
+    """
+    ys = jtu.tree_leaves_with_path(y)
+    for out_leaf, (path, y_leaf) in zip(jtu.tree_leaves(out), ys, strict=True):
+        if jnp.iscomplexobj(out_leaf) != jnp.iscomplexobj(y_leaf):
+            raise ValueError(
+                f"{name} is {describe(out_leaf)} opposite the state leaf "
+                f"`{leaf_name('y0', path)}`, which is {describe(y_leaf)}: a complex "
+                "number is two real equations. Make both real or both complex."
+            )
+
+
 def check_same_structure(name: str, out: PyTree[_Struct], y: PyTree[_Struct]) -> None:
     """Refuses an output that differs from the state in structure, shape or dtype.
 

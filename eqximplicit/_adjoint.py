@@ -1,0 +1,185 @@
+"""HOW a solution is differentiated: the policy. The mathematics is in `_implicit.py`."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, Bool, PyTree
+
+from ._captured import detach
+from ._condition import AbstractCondition, Root
+from ._implicit import implicit_solution
+from ._iterate import lax_while_loop, Outcome, WhileLoop
+from ._solution import RESULTS
+from ._state import stop_gradient
+from .linear_solvers import AutoLinearSolver
+
+
+class Solve(eqx.Module):
+    """A solve that has not run yet: everything it depends on, apart from the loop.
+
+    **Attributes:**
+
+    - `condition`: what is solved, with the solver's own view of its arrays.
+    - `solver`: an optimistix solver or a callable.
+    - `y0`: the initial guess, as a state.
+    - `args`: the argument of the condition's function.
+    - `run`: runs these four with a given while loop.
+    """
+
+    condition: AbstractCondition[Any, Any]
+    solver: Any
+    y0: Any
+    args: Any
+    run: Callable[["Solve", WhileLoop], Outcome] = eqx.field(static=True)
+
+    def detached(self) -> "Solve":
+        """The same solve, with no derivative through anything it depends on."""
+        condition, y0, args = stop_gradient((self.condition, self.y0, self.args))
+        return Solve(condition, detach(self.solver), y0, args, self.run)
+
+
+class AbstractAdjoint(optx.AbstractAdjoint):
+    """How the solution of a condition is differentiated."""
+
+    @abc.abstractmethod
+    def differentiable(self, solve: Solve, residual_tol: float | None) -> Outcome:
+        """Returns the outcome of `solve`, its value with a derivative.
+
+        **Arguments:**
+
+        - `solve`: the solve, on the live condition and arguments.
+        - `residual_tol`: above this residual (largest absolute entry, dimensionless)
+            the derivative is not to be trusted; `None` for no limit.
+        """
+
+
+def _trusted(
+    result: RESULTS, residual_norm: Array, residual_tol: float | None
+) -> tuple[RESULTS, Bool[Array, ""]]:
+    # A NaN residual fails the comparison, which is written so that it does.
+    if residual_tol is not None:
+        small = residual_norm <= residual_tol
+        unexplained = ~small & (result == RESULTS.successful)
+        result = RESULTS.where(unexplained, RESULTS.residual_too_large, result)
+    return result, result == RESULTS.successful
+
+
+class ImplicitAdjoint(AbstractAdjoint):
+    r"""The implicit function theorem at the solution that the solver returned.
+
+    The solver is not differentiated, so time and memory of the derivative do not grow
+    with its number of steps. Every approximate gradient of the literature is a
+    `linear_solver` here: `Neumann(1)` is Jacobian-free backpropagation, say.
+
+    It is an `optx.AbstractAdjoint` too: pass it as `adjoint=` to `optx.root_find`,
+    `optx.fixed_point`, `optx.minimise` or `optx.least_squares`.
+
+    **Arguments:**
+
+    - `linear_solver`: a lineax solver for $\partial F/\partial y$.
+    - `options`: its run-time options, such as `{"preconditioner": operator}`.
+    """
+
+    linear_solver: lx.AbstractLinearSolver[Any] = eqx.field(
+        default_factory=AutoLinearSolver
+    )
+    options: dict[str, Any] = eqx.field(default_factory=dict)
+
+    def differentiable(self, solve: Solve, residual_tol: float | None) -> Outcome:
+        """Returns the outcome of the detached solve with the derivative attached.
+
+        A lane whose solver failed, or whose residual exceeds `residual_tol`, has a NaN
+        derivative.
+        """
+        detached = solve.detached()
+        outcome = stop_gradient(detached.run(detached, lax_while_loop))
+        return self._attached(solve, outcome, residual_tol)
+
+    def _attached(
+        self, solve: Solve, outcome: Outcome, residual_tol: float | None
+    ) -> Outcome:
+        result, trusted = _trusted(
+            outcome.result, outcome.stats["residual_norm"], residual_tol
+        )
+        y = implicit_solution(
+            solve.condition,
+            outcome.y,
+            solve.args,
+            linear_solver=self.linear_solver,
+            options=self.options,
+            aux=outcome.aux,
+            trusted=trusted,
+        )
+        return Outcome(y, outcome.aux, result, outcome.stats)
+
+    def apply(
+        self,
+        primal_fn: Callable[..., Any],
+        rewrite_fn: Callable[..., Any],
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> PyTree[Array]:
+        """Runs optimistix's loop; optimistix calls this when given as `adjoint=`."""
+        root, rest = stop_gradient(primal_fn((*stop_gradient(inputs), lax_while_loop)))
+        condition = Root(lambda y, inputs: rewrite_fn(y, rest, inputs), tags)
+        y = implicit_solution(
+            condition,
+            root,
+            inputs,
+            linear_solver=self.linear_solver,
+            options=self.options,
+        )
+        return y, rest
+
+
+class UnrolledAdjoint(AbstractAdjoint):
+    r"""The derivative of the solver's own steps.
+
+    Exact for what the solver computed, converged or not, and therefore the right one
+    for few fixed steps (truncated backpropagation, MAML). Memory grows with the number
+    of steps, or with its logarithm by checkpoints. `y0` has a derivative here.
+
+    It is an `optx.AbstractAdjoint` too.
+
+    **Arguments:**
+
+    - `checkpoints`: number of states that are kept; `None` lets Equinox choose from
+        `max_steps`, for a cost of `O(n log n)` steps (Wang, Moin & Iaccarino, *SIAM J.
+        Sci. Comput.* 31(4), 2009).
+    - `mode`: `"reverse"` needs a finite `max_steps`; `"forward"` is for `jax.jvp` and
+        `jax.jacfwd`, which the checkpointed loop does not support.
+    """
+
+    checkpoints: int | None = eqx.field(default=None, static=True)
+    mode: Literal["reverse", "forward"] = eqx.field(default="reverse", static=True)
+
+    def differentiable(self, solve: Solve, residual_tol: float | None) -> Outcome:
+        """Returns the outcome of the live solve."""
+
+        def run(inputs: tuple[Solve, WhileLoop]) -> Outcome:
+            live, while_loop = inputs
+            return live.run(live, while_loop)
+
+        outcome = self.apply(run, run, (solve,), solve.condition.tags)
+        result, _ = _trusted(
+            outcome.result, outcome.stats["residual_norm"], residual_tol
+        )
+        return Outcome(outcome.y, outcome.aux, result, stop_gradient(outcome.stats))
+
+    def apply(
+        self,
+        primal_fn: Callable[..., Any],
+        rewrite_fn: Callable[..., Any],
+        inputs: PyTree,
+        tags: frozenset[object],
+    ) -> PyTree[Array]:
+        """Runs a loop that JAX can differentiate; optimistix calls this too."""
+        if self.mode == "forward":
+            return primal_fn((*inputs, lax_while_loop))
+        checkpointed = optx.RecursiveCheckpointAdjoint(checkpoints=self.checkpoints)
+        return checkpointed.apply(primal_fn, rewrite_fn, inputs, tags)
+

@@ -1,0 +1,86 @@
+"""Running a solver that is a bare callable `(y0, args) -> y`, traceable or not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._captured import captured_tracers
+from ._iterate import Outcome
+from ._solution import RESULTS
+from ._state import (
+    all_finite,
+    as_state,
+    check_same_shapes,
+    describe,
+    leaf_name,
+    stop_gradient,
+)
+
+_NOT_TRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.UnexpectedTracerError,
+)
+
+
+def _traced_inputs(solver: Callable[..., Any], y0: Any, args: Any) -> list[str]:
+    inputs = [
+        (leaf_name(root, path), leaf)
+        for root, tree in (("y0", y0), ("args", args))
+        for path, leaf in jtu.tree_leaves_with_path(tree)
+        if isinstance(leaf, jax.core.Tracer)
+    ]
+    captured = [
+        (f"{name} (captured by the solver)", leaf)
+        for name, leaf in captured_tracers(solver)
+    ]
+    return [f"`{name}`, {describe(leaf)}" for name, leaf in inputs + captured]
+
+
+def _not_traceable(
+    solver: Callable[..., Any], y0: Any, args: Any, error: Exception
+) -> ValueError:
+    name = getattr(solver, "__name__", type(solver).__name__)
+    traced = "; ".join(_traced_inputs(solver, y0, args)) or "none found"
+    return ValueError(
+        f"The solver `{name}` asked for the value of a traced array, which has none "
+        f"yet. Traced here: {traced}. Call the layer outside `jit` and `vmap` and pass "
+        "such arrays through `args`, or wrap the solver in `eqi.HostSolver`. JAX said: "
+        f"{str(error).splitlines()[0]}"
+    )
+
+
+def _split(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    if not has_aux:
+        return out, None
+    if not isinstance(out, tuple) or len(out) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        raise ValueError(
+            "`has_aux=True` needs a solver that returns a pair `(y, aux)`; got "
+            f"{jtu.tree_structure(out)}. Return a pair or drop `has_aux`."
+        )
+    return out  # pyright: ignore[reportUnknownVariableType]
+
+
+def call_solver(
+    solver: Callable[[Any, Any], Any], y0: Any, args: Any, has_aux: bool
+) -> Outcome:
+    """The outcome of `solver(y0, args)`, taken for a solution if it is finite.
+
+    **Raises:** `ValueError` if the solver needs values of traced arrays, or returns
+    something that is no state or not shaped as `y0`.
+    """
+    try:
+        out = solver(y0, args)
+    except _NOT_TRACEABLE as error:
+        raise _not_traceable(solver, y0, args, error) from error
+    y, aux = _split(out, has_aux)
+    y = as_state(y)
+    if jtu.tree_leaves(y0):
+        check_same_shapes("The solver's solution", y, as_state(y0))
+    result = RESULTS.where(all_finite(y), RESULTS.successful, RESULTS.nonfinite)
+    return Outcome(y, aux, result, {"num_steps": jnp.full((), -1)})

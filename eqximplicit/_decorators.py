@@ -1,0 +1,152 @@
+"""JOIN, for a solver that you already have: give it a derivative by decoration."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import lineax as lx
+
+from ._adjoint import ImplicitAdjoint
+from ._condition import AbstractCondition, FixedPoint, Root
+from ._function import ImplicitFunction
+from ._state import stop_gradient
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Arguments(eqx.Module):
+    """What a decorated solver is called with, after its initial guess."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _OnArguments(eqx.Module):
+    """`fn(y, *args, **kwargs)` as the `fn(y, arguments)` that a condition wants."""
+
+    fn: Callable[..., Any]
+    takes_aux: bool = eqx.field(static=True)
+
+    def __call__(self, y: Any, arguments: _Arguments, aux: Any = None) -> Any:
+        extra = (aux,) if self.takes_aux else ()
+        return self.fn(y, *extra, *arguments.args, **arguments.kwargs)
+
+
+def _chosen(argnums: int | Sequence[int] | None, arguments: _Arguments) -> _Arguments:
+    if argnums is None:
+        return arguments
+    chosen = {argnums} if isinstance(argnums, int) else set(argnums)
+    count = len(arguments.args)
+    if not chosen <= set(range(1, count + 1)):
+        raise ValueError(
+            f"`argnums={argnums}` must name positional arguments between 1 and {count}"
+            "; argument 0 is the initial guess, which has no derivative."
+        )
+    args = [
+        arg if i in chosen else stop_gradient(arg)
+        for i, arg in enumerate(arguments.args, start=1)
+    ]
+    return _Arguments(tuple(args), stop_gradient(arguments.kwargs))
+
+
+def _decorate(
+    condition: AbstractCondition[Any, _Arguments],
+    solver: F,
+    has_aux: bool,
+    argnums: int | Sequence[int] | None,
+    adjoint: ImplicitAdjoint,
+) -> F:
+    def call(y0: Any, arguments: _Arguments) -> Any:
+        return solver(y0, *arguments.args, **arguments.kwargs)
+
+    layer = ImplicitFunction(condition, call, adjoint, throw=False, has_aux=has_aux)
+
+    @functools.wraps(solver)
+    def solve(y0: Any, *args: Any, **kwargs: Any) -> Any:
+        solution = layer.solve(y0, _chosen(argnums, _Arguments(args, kwargs)))
+        return (solution.value, solution.aux) if has_aux else solution.value
+
+    return solve  # pyright: ignore[reportReturnType]
+
+
+def custom_root(
+    optimality: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    takes_aux: bool = False,
+    argnums: int | Sequence[int] | None = None,
+    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    tags: object = frozenset(),
+) -> Callable[[F], F]:
+    """Returns a decorator that gives a solver the derivative of a root.
+
+    The decorated function is called as before, and returns what it returned before.
+    It may be anything that computes: a Python loop, SciPy, another library.
+
+    **Arguments:**
+
+    - `optimality`: `optimality(y, *args, **kwargs)`, zero at the solution, with the
+        leaf shapes of `y`; called with the very arguments of the solver.
+    - `has_aux`: whether the solver returns `(y, aux)`.
+    - `takes_aux`: whether the condition is `optimality(y, aux, *args, **kwargs)`.
+    - `argnums`: which positional arguments have a derivative, counted as in the call
+        (0 is the initial guess, which has none); `None` for all.
+    - `linear_solver`: a lineax solver for `∂optimality/∂y`.
+    - `tags`: lineax tags of `∂optimality/∂y`.
+
+    **Returns:** a decorator for `solver(y0, *args, **kwargs) -> y` (or `(y, aux)`).
+
+    !!! example
+
+        ```python
+        @eqi.custom_root(lambda w, data, l2: jax.grad(loss)(w, data, l2))
+        def ridge(w0, data, l2):
+            ...
+        jax.grad(lambda l2: validation(ridge(w0, data, l2)))(1e-2)
+        ```
+    """
+
+    def decorator(solver: F) -> F:
+        fn = _OnArguments(optimality, takes_aux)
+        condition = Root[Any, _Arguments](fn, tags, takes_aux=takes_aux)
+        return _decorate(condition, solver, has_aux, argnums, _adjoint(linear_solver))
+
+    return decorator
+
+
+def custom_fixed_point(
+    fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    takes_aux: bool = False,
+    argnums: int | Sequence[int] | None = None,
+    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    tags: object = frozenset(),
+) -> Callable[[F], F]:
+    """Returns a decorator that gives a solver the derivative of a fixed point.
+
+    **Arguments:**
+
+    - `fn`: the map `fn(y, *args, **kwargs)`, which returns `y` at the solution.
+    - `has_aux`, `takes_aux`, `argnums`, `linear_solver`: as in
+        [`eqximplicit.custom_root`][].
+    - `tags`: lineax tags of `I - ∂fn/∂y`.
+
+    **Returns:** a decorator for `solver(y0, *args, **kwargs) -> y` (or `(y, aux)`).
+    """
+
+    def decorator(solver: F) -> F:
+        on_arguments = _OnArguments(fn, takes_aux)
+        condition = FixedPoint[Any, _Arguments](
+            on_arguments, tags, takes_aux=takes_aux
+        )
+        return _decorate(condition, solver, has_aux, argnums, _adjoint(linear_solver))
+
+    return decorator
+
+
+def _adjoint(linear_solver: lx.AbstractLinearSolver[Any] | None) -> ImplicitAdjoint:
+    if linear_solver is None:
+        return ImplicitAdjoint()
+    return ImplicitAdjoint(linear_solver=linear_solver)

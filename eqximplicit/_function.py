@@ -1,0 +1,224 @@
+"""JOIN: a condition, a solver and an adjoint in one differentiable Equinox module."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+
+from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
+from ._call import call_solver
+from ._condition import AbstractCondition, hoist
+from ._iterate import iterate, Outcome, WhileLoop
+from ._solution import RESULTS, Solution
+from ._state import as_state, max_abs, stop_gradient
+from ._static import refuse_static_arrays
+from .solvers._default import default_solver
+
+Y = TypeVar("Y")
+Args = TypeVar("Args")
+Aux = TypeVar("Aux")
+Params = TypeVar("Params")
+
+
+def _identity(fn: Any) -> Any:
+    return fn
+
+
+class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
+    r"""The solution of a condition, as a differentiable function of its parameters.
+
+    $$y^\star(\theta) \;:\; F(y^\star, \theta) = 0$$
+
+    **Arguments:**
+
+    - `condition`: what defines the solution: `Root(fn)`, `FixedPoint(fn)`, ...
+    - `solver`: how it is found: an optimistix solver, a host solver, or any callable
+        `(y0, args) -> y`, traceable by JAX or not. The default depends on the condition.
+    - `adjoint`: how it is differentiated; `ImplicitAdjoint()` by default.
+    - `where`: which part of `fn` is "the parameters", as in `eqx.tree_at`. By default
+        all of `fn`.
+    - `y0`: the initial guess of a layer that is called without one.
+    - `max_steps`: the largest number of steps of an optimistix solver; `None` for no
+        limit. A callable keeps its own count.
+    - `throw`: whether a failed solve raises. If not, `Solution.result` tells, and the
+        derivative of a failed solve is NaN either way.
+    - `has_aux`: whether there is auxiliary output: `fn` returns `(out, aux)` under an
+        optimistix solver, a callable solver returns `(y, aux)`.
+    - `residual_tol`: the largest residual (largest absolute entry, dimensionless) at
+        which the solution counts as one. `None` leaves the judgement to the solver; a
+        callable has none to give.
+    - `options`: run-time options of an optimistix solver.
+
+    !!! example
+
+        ```python
+        layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), where=lambda fn: fn.weight)
+        y = layer(y0, args)
+        grads = eqx.filter_grad(lambda layer: loss(layer(y0, args)))(layer)
+        ```
+    """
+
+    condition: AbstractCondition[Y, Args]
+    solver: Any
+    adjoint: AbstractAdjoint
+    y0: Y | None
+    options: dict[str, Any]
+    where: Callable[[Any], Params] = eqx.field(static=True)
+    max_steps: int | None = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
+    has_aux: bool = eqx.field(static=True)
+    residual_tol: float | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        condition: AbstractCondition[Y, Args],
+        solver: Any = None,
+        adjoint: AbstractAdjoint | None = None,
+        *,
+        where: Callable[[Any], Params] = _identity,
+        y0: Y | None = None,
+        max_steps: int | None = 256,
+        throw: bool = True,
+        has_aux: bool = False,
+        residual_tol: float | None = None,
+        options: dict[str, Any] | None = None,
+    ):
+        self.condition = condition
+        self.solver = default_solver(condition) if solver is None else solver
+        self.adjoint = ImplicitAdjoint() if adjoint is None else adjoint
+        self.where = where
+        self.y0 = y0
+        self.max_steps = max_steps
+        self.throw = throw
+        self.has_aux = has_aux
+        self.residual_tol = residual_tol
+        self.options = {} if options is None else options
+
+    def __check_init__(self) -> None:
+        if not callable(self.solver) and not _is_iterative(self.solver):
+            raise TypeError(
+                "`solver` must be an optimistix solver, a host solver or a callable "
+                f"`(y0, args) -> y`; got {self.solver!r}."
+            )
+        if self.residual_tol is not None and not self.residual_tol >= 0:
+            raise ValueError(f"`residual_tol` must be >= 0; got {self.residual_tol}.")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ValueError(f"`max_steps` must be >= 0; got {self.max_steps}.")
+        refuse_static_arrays(self.condition, "condition")
+        refuse_static_arrays(self.solver, "solver")
+
+    @property
+    def params(self) -> Params:
+        """The parameters: the part of the condition's function that `where` selects."""
+        return self.where(self.condition.fn)
+
+    def with_params(
+        self, params: Params
+    ) -> "ImplicitFunction[Y, Args, Aux, Params]":
+        """Returns the same layer with other parameters (`eqx.tree_at` with `where`)."""
+        return eqx.tree_at(lambda layer: layer.where(layer.condition.fn), self, params)
+
+    def __call__(self, y0: Y | None = None, args: Args | None = None) -> Y:
+        """Returns the solution, differentiable in the layer and in `args`.
+
+        **Arguments:**
+
+        - `y0`: the initial guess, any pytree of numbers and arrays; integers are
+            promoted. Its derivative is zero. May be left out if the layer has one.
+        - `args`: the second argument of `fn(y, args)`, any pytree.
+
+        **Returns:** the solution, structured and shaped as `y0`.
+
+        **Raises:** as `solve`.
+        """
+        return self.solve(y0, args).value
+
+    def solve(
+        self, y0: Y | None = None, args: Args | None = None
+    ) -> Solution[Y, Aux]:
+        """Returns the solution together with how the solve went.
+
+        **Arguments:** as for the call.
+
+        **Returns:** a [`eqximplicit.Solution`][], whose `value` is differentiable.
+
+        **Raises:** `ValueError` or `TypeError` at trace time for a function, state or
+        solver that do not fit; a runtime error if the solve fails and `throw` is set.
+        """
+        guess = self.y0 if y0 is None else y0
+        if guess is None and _is_iterative(self.solver):
+            raise ValueError(
+                "No initial guess: call `layer(y0, args)`, or give the layer one with "
+                "`ImplicitFunction(..., y0=...)`."
+            )
+        refuse_static_arrays(args, "args")
+        solve = _solve_jit if _is_iterative(self.solver) else _solve
+        return solve(self, guess, args)
+
+
+def _is_iterative(solver: object) -> bool:
+    return isinstance(solver, optx.AbstractIterativeSolver)
+
+
+def _run_iterative(
+    layer: ImplicitFunction[Any, Any, Any, Any], solve: Solve, while_loop: WhileLoop
+) -> Outcome:
+    return iterate(
+        solve.condition,
+        solve.solver,
+        solve.y0,
+        solve.args,
+        options=layer.options,
+        max_steps=layer.max_steps,
+        while_loop=while_loop,
+    )
+
+
+def _with_residual_norm(solve: Solve, outcome: Outcome) -> Outcome:
+    condition = hoist(solve.condition, outcome.y, solve.args, outcome.aux)
+    residual = condition.residual(outcome.y, solve.args, outcome.aux)
+    stats = {**outcome.stats, "residual_norm": max_abs(stop_gradient(residual))}
+    return Outcome(outcome.y, outcome.aux, outcome.result, stats)
+
+
+def _solve(layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any) -> Any:
+    condition, solver = layer.condition, layer.solver
+    iterative = _is_iterative(solver)
+    if iterative:
+        condition = _with_aux(condition, layer.has_aux)
+        y0 = as_state(y0)
+        condition = hoist(condition, y0, args)
+
+    def run(solve: Solve, while_loop: WhileLoop) -> Outcome:
+        if iterative:
+            outcome = _run_iterative(layer, solve, while_loop)
+        else:
+            outcome = call_solver(solve.solver, solve.y0, solve.args, layer.has_aux)
+        return _with_residual_norm(solve, outcome)
+
+    solve = Solve(condition, solver, y0, args, run)
+    outcome = layer.adjoint.differentiable(solve, layer.residual_tol)
+    y = _thrown(outcome) if layer.throw else outcome.y
+    return Solution(y, outcome.result, outcome.aux, outcome.stats)
+
+
+_solve_jit = eqx.filter_jit(_solve, inline=True)
+
+
+def _with_aux(
+    condition: AbstractCondition[Any, Any], has_aux: bool
+) -> AbstractCondition[Any, Any]:
+    if not has_aux or condition.has_aux:
+        return condition
+    return dataclasses.replace(condition, has_aux=True)
+
+
+def _thrown(outcome: Outcome) -> Any:
+    # The check is on a scalar: one on the state would gather a sharded state.
+    ok = outcome.result == RESULTS.successful
+    ok = outcome.result.error_if(ok, ~ok)
+    return jtu.tree_map(lambda y: jnp.where(ok, y, jnp.nan), outcome.y)

@@ -1,0 +1,193 @@
+"""The loop that drives an optimistix solver, lean enough for small problems.
+
+Nothing but the solver's own step and termination runs inside it. Whether the values are
+finite, and how the solve ended, is asked once after the loop.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, Int, PyTree
+
+from ._condition import AbstractCondition
+from ._problem import iterated_fn, IteratedFn, Solver
+from ._solution import RESULTS
+from ._state import all_finite, from_real, max_abs, real_dtype, to_real
+
+# A solve that has become NaN is noticed after at most this many further steps.
+_FINITE_CHECK_EVERY = 256
+
+WhileLoop = Callable[..., Any]
+
+
+def lax_while_loop(
+    cond_fun: Callable[[Any], Bool[Array, ""]],
+    body_fun: Callable[[Any], Any],
+    init_val: Any,
+    *,
+    max_steps: int | None = None,
+) -> Any:
+    """`jax.lax.while_loop` with the signature that optimistix gives its adjoints."""
+    if max_steps is None:
+        return jax.lax.while_loop(cond_fun, body_fun, init_val)
+
+    def cond(carry: tuple[Any, Any]) -> Bool[Array, ""]:
+        step, val = carry
+        return (step < max_steps) & cond_fun(val)
+
+    def body(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        step, val = carry
+        return step + 1, body_fun(val)
+
+    return jax.lax.while_loop(cond, body, (jnp.array(0), init_val))[1]
+
+
+class Run(eqx.Module):
+    """One solve: a solver, the function it iterates, and the limits it obeys."""
+
+    solver: Solver
+    fn: IteratedFn
+    args: Any
+    options: dict[str, Any]
+    tags: frozenset[object] = eqx.field(static=True)
+    max_steps: int | None = eqx.field(static=True)
+
+    def step(self, y: PyTree[Array], state: Any) -> tuple[Any, Any, Any]:
+        return self.solver.step(
+            self.fn, y, self.args, self.options, state, self.tags
+        )
+
+    def terminate(self, y: PyTree[Array], state: Any, residual: Any) -> Any:
+        done, result = self.solver.terminate(
+            self.fn, y, self.args, self.options, state, self.tags
+        )
+        if self.fn.must_vanish:
+            done = done & (max_abs(residual) < self.solver.atol)
+        return done, result
+
+
+class _Carry(eqx.Module):
+    y: PyTree[Array]
+    state: PyTree[Array]
+    residual: PyTree[Array] | None
+    aux: PyTree[Array]
+    num_steps: Int[Array, ""]
+
+
+class Outcome(eqx.Module):
+    """What any solve, by whatever means, hands to the adjoint. Fields as `Solution`."""
+
+    y: Any
+    aux: Any
+    result: RESULTS
+    stats: dict[str, Any]
+
+
+def _filled(struct: PyTree[Any], value: float) -> PyTree[Any]:
+    """Arrays of one value in place of the shapes; every other leaf as it is."""
+    return jtu.tree_map(
+        lambda s: jnp.full(s.shape, value, s.dtype)
+        if isinstance(s, jax.ShapeDtypeStruct)
+        else s,
+        struct,
+    )
+
+
+def _loop(
+    run: Run, carry: _Carry, combine: Callable[[Any], Any], while_loop: WhileLoop
+) -> _Carry:
+    def unfinished(carry: _Carry) -> Bool[Array, ""]:
+        done, result = run.terminate(carry.y, combine(carry.state), carry.residual)
+        return ~done & (result == optx.RESULTS.successful)
+
+    def body(carry: _Carry) -> _Carry:
+        y, state, (residual, aux) = run.step(carry.y, combine(carry.state))
+        arrays = eqx.filter(state, eqx.is_array)
+        aux = eqx.filter(aux, eqx.is_array)
+        return _Carry(y, arrays, residual, aux, carry.num_steps + 1)
+
+    chunk, limit = _FINITE_CHECK_EVERY, run.max_steps
+    if while_loop is not lax_while_loop or (limit is not None and limit <= chunk):
+        return while_loop(unfinished, body, carry, max_steps=limit)
+
+    def in_budget(carry: _Carry) -> Bool[Array, ""]:
+        return jnp.array(True) if limit is None else carry.num_steps < limit
+
+    def inner(carry: _Carry) -> _Carry:
+        first = carry.num_steps
+        return jax.lax.while_loop(
+            lambda c: in_budget(c) & (c.num_steps - first < chunk) & unfinished(c),
+            body,
+            carry,
+        )
+
+    return jax.lax.while_loop(
+        lambda c: in_budget(c) & unfinished(c) & all_finite(c.y), inner, carry
+    )
+
+
+def iterate(
+    condition: AbstractCondition[Any, Any],
+    solver: Solver,
+    y0: PyTree[Array],
+    args: Any,
+    *,
+    options: dict[str, Any],
+    max_steps: int | None,
+    while_loop: WhileLoop,
+) -> Outcome:
+    """The outcome of running an optimistix solver on a hoisted condition.
+
+    **Raises:** `TypeError` if the solver is of the wrong kind for the condition.
+    """
+    fn = iterated_fn(solver, condition, y0)
+    run = Run(solver, fn, args, options, condition.tags, max_steps)
+    y = to_real(y0, real_dtype(y0))
+    f_struct, aux_struct = eqx.filter_eval_shape(fn, y, args)
+    residual_struct, fn_aux_struct = aux_struct
+    state = solver.init(fn, y, args, options, f_struct, aux_struct, condition.tags)
+    state_arrays, state_static = eqx.partition(state, eqx.is_array)
+    aux_arrays, aux_static = eqx.partition(_filled(fn_aux_struct, 0), eqx.is_array)
+    residual = _filled(residual_struct, jnp.inf)
+    carry = _Carry(y, state_arrays, residual, aux_arrays, jnp.zeros((), int))
+
+    def combine(arrays: Any) -> Any:
+        return eqx.combine(arrays, state_static)
+
+    carry = _loop(run, carry, combine, while_loop)
+    return _outcome(run, carry, combine(carry.state), eqx.combine(carry.aux, aux_static))
+
+
+def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
+    done, result = run.terminate(carry.y, state, carry.residual)
+    result = optx.RESULTS.where(
+        ~done & (result == optx.RESULTS.successful),
+        optx.RESULTS.nonlinear_max_steps_reached,
+        result,
+    )
+    y, (_, aux), stats = run.solver.postprocess(
+        run.fn,
+        carry.y,
+        (carry.residual, aux),
+        run.args,
+        run.options,
+        state,
+        run.tags,
+        result,
+    )
+    result = _classify(y, stats.pop("result", RESULTS.promote(result)))
+    stats = {"num_steps": carry.num_steps, **stats}
+    return Outcome(from_real(y, run.fn.like), aux, result, stats)
+
+
+def _classify(y: PyTree[Array], result: RESULTS) -> RESULTS:
+    """A NaN ends no loop by itself: it looks like success or an exhausted budget."""
+    unexplained = (result == RESULTS.successful) | (
+        result == RESULTS.nonlinear_max_steps_reached
+    )
+    return RESULTS.where(unexplained & ~all_finite(y), RESULTS.nonfinite, result)
