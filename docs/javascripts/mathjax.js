@@ -1,0 +1,10 @@
+window.MathJax = {
+  tex: {
+    inlineMath: [["\\(", "\\)"]],
+    displayMath: [["\\[", "\\]"]],
+    processEscapes: true,
+    processEnvironments: true,
+  },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex|jp-Notebook" },
+};
+document$.subscribe(() => MathJax.typesetPromise && MathJax.typesetPromise());
