@@ -1,0 +1,201 @@
+"""When a fixed-point solve is over, and how: decided at the very point returned."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
+
+from .._solution import RESULTS
+from . import _vector_space as vs
+
+Y = TypeVar("Y")
+AT_ROUNDING = 4.0  # a residual this many roundings of `y` large cannot be improved
+NEAR_ROUNDING = 1e3  # one this large may be rounding, if nothing improves it
+
+
+def check_tolerances(name: str, rtol: Any, atol: Any) -> None:
+    """Refuses a negative tolerance, and warns of one that no state can reach."""
+    for field, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"`{name}({field}=...)` must be at least 0; got {value}.")
+    warn_if_unreachable(name, rtol, atol, float(jnp.finfo(jnp.result_type(float)).eps))
+
+
+def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:
+    """Warns if both tolerances are below the relative resolution `eps`."""
+    known = isinstance(rtol, (int, float)) and isinstance(atol, (int, float))
+    if known and max(rtol, atol) < eps:
+        warnings.warn(
+            f"`{name}(rtol={rtol}, atol={atol})` asks for more than the floating-point "
+            f"resolution {eps:.1e} of the state; a state of order 1 cannot reach it. "
+            "Loosen `rtol`/`atol` or use float64.",
+            stacklevel=4,
+        )
+
+
+def check_window(name: str, window: int) -> None:
+    """Refuses a history of no pairs."""
+    if window < 1:
+        raise ValueError(f"`{name}(window=...)` must be at least 1; got {window}.")
+
+
+def check_budget(name: str, window: int, options: dict[str, Any]) -> None:
+    """Refuses a window that `options["max_steps"]`, where given, can never fill."""
+    max_steps = options.get("max_steps")
+    if max_steps is not None and window > max_steps:
+        raise ValueError(
+            f"`{name}(window={window})` is larger than `max_steps={max_steps}`: the "
+            "history could never fill. Pass a smaller `window` or more steps."
+        )
+
+
+class Point(eqx.Module, Generic[Y]):
+    """A state, its residual, and the Euclidean length of that."""
+
+    y: Y
+    residual: Y
+    merit: Float[Array, ""]
+
+
+class Best(eqx.Module, Generic[Y]):
+    """The best point so far: the one with the smallest residual.
+
+    **Attributes:**
+
+    - `point`, `aux`: the point, and the auxiliary output of the function there.
+    - `residual`, `error`: its residual, and the estimate of its distance from the
+        solution, in units of the tolerance: below 1 is good enough.
+    - `floor`: its residual in units of the rounding of `y`.
+    """
+
+    point: Point[Y]
+    aux: Any
+    residual: Float[Array, ""]
+    error: Float[Array, ""]
+    floor: Float[Array, ""]
+
+    @property
+    def converged(self) -> Bool[Array, ""]:
+        good = (self.error < 1) | (self.floor <= AT_ROUNDING)
+        return (self.residual < 1) & good
+
+    @property
+    def as_good_as_possible(self) -> Bool[Array, ""]:
+        """Whether the residual is within tolerance, and may be nothing but rounding."""
+        return (self.residual < 1) & (self.floor <= NEAR_ROUNDING)
+
+
+def point_at(y: Y, image: Y) -> tuple[Point[Y], Bool[Array, ""]]:
+    """Returns `y` with the residual `image - y`, made zero if that is not finite."""
+    residual = vs.minus(image, y)
+    dtype = vs.real_dtype(y)
+    finite = vs.all_finite(residual)
+    merit = jax.lax.stop_gradient(vs.length(residual, dtype))
+    finite = finite & jnp.isfinite(merit)
+    residual = vs.select(finite, residual, vs.zeros_like(y))
+    return Point(y, residual, jnp.where(finite, merit, jnp.inf)), finite
+
+
+class Tolerance(eqx.Module):
+    """The unit in which a deviation from `y` is measured: `atol + rtol |y|`."""
+
+    rtol: float
+    atol: float
+    norm: Callable[[PyTree[Array]], Scalar]
+
+    def measure(self, deviation: Any, y: Any) -> Float[Array, ""]:
+        """Returns the norm of `deviation / (atol + rtol |y|)`."""
+        dtype = vs.real_dtype(y)
+
+        def leaf(d: Array, yi: Array) -> Array:
+            d, unit = jnp.abs(d), self.atol + self.rtol * jnp.abs(yi)
+            ratio = d / jnp.where(unit > 0, unit, 1)
+            return jnp.where(unit > 0, ratio, jnp.where(d > 0, jnp.inf, 0.0))
+
+        ratios = jtu.tree_map(leaf, deviation, y)
+        return jax.lax.stop_gradient(vs.norm_of(self.norm, ratios, dtype))
+
+    def amplification(self, dy: Any, dr: Any, y: Any) -> Float[Array, ""]:
+        r"""Returns the error per residual, estimated from one secant pair.
+
+        A plain iteration that contracts by $\rho$ has $\Delta y = r$ and
+        $\Delta r = (\rho - 1) r$, so this is $1 / (1 - \rho)$, and the residual times
+        this is the classical bound step $\rho / (1 - \rho)$ of the present error.
+        """
+        change = self.measure(dr, y)
+        ratio = self.measure(dy, y) / jnp.where(change > 0, change, 1)
+        return jnp.where(change > 0, jnp.maximum(ratio, 1), jnp.inf)
+
+    def judge(
+        self, point: Point[Y], aux: Any, amplification: Float[Array, ""]
+    ) -> Best[Y]:
+        """Returns the point with all that decides whether it is good enough."""
+        residual = self.measure(point.residual, point.y)
+        finite = jnp.isfinite(point.merit)
+        residual = jnp.where(finite, residual, jnp.inf)
+        error = jnp.where(residual > 0, residual * amplification, residual)
+        floor = jnp.where(finite, in_roundings(point.residual, point.y), jnp.inf)
+        return Best(point, aux, residual, error, floor)
+
+
+def in_roundings(residual: Any, y: Any) -> Float[Array, ""]:
+    """Returns the largest residual per rounding of the largest entry of its leaf."""
+    dtype = vs.real_dtype(y)
+
+    def leaf(r: Array, yi: Array) -> Array:
+        if r.size == 0:
+            return jnp.zeros((), dtype)
+        rounding = float(jnp.finfo(yi.dtype).eps) * jnp.max(jnp.abs(yi))
+        worst = jnp.max(jnp.abs(r))
+        ratio = worst / jnp.where(rounding > 0, rounding, 1)
+        out = jnp.where(rounding > 0, ratio, jnp.where(worst > 0, jnp.inf, 0.0))
+        return jax.lax.stop_gradient(out).astype(dtype)
+
+    leaves: list[Array] = jtu.tree_leaves(jtu.tree_map(leaf, residual, y))
+    return jnp.max(jnp.stack(leaves))
+
+
+def better(new: Best[Y], old: Best[Y], when: Bool[Array, ""]) -> Best[Y]:
+    """Returns the one of smaller residual; the old one where not `when`."""
+    return vs.select(when & (new.point.merit < old.point.merit), new, old)
+
+
+def coarse(result: RESULTS) -> optx.RESULTS:
+    """Returns the nearest of optimistix's codes, for its own loops."""
+    # A failure without a code there is called divergence.
+    failed = optx.RESULTS.where(
+        result == RESULTS.nonfinite_start,
+        optx.RESULTS.nonfinite,
+        optx.RESULTS.nonlinear_divergence,
+    )
+    good = result == RESULTS.successful
+    return optx.RESULTS.where(good, optx.RESULTS.successful, failed)
+
+
+def why_stuck(best: Best[Any]) -> RESULTS:
+    """Returns the verdict on a best point that nothing improves."""
+    reason = RESULTS.where(
+        best.floor <= NEAR_ROUNDING,
+        RESULTS.unattainable_tolerance,
+        RESULTS.local_minimum,
+    )
+    return RESULTS.where(best.as_good_as_possible, RESULTS.successful, reason)
+
+
+def statistics(
+    best: Best[Any], verdict: RESULTS, result: optx.RESULTS
+) -> dict[str, Any]:
+    """Returns the verdict in full, and the numbers that it rests on."""
+    fine = RESULTS.where(
+        verdict == RESULTS.successful, RESULTS.promote(result), verdict
+    )
+    dtype = best.error.dtype
+    size = vs.norm_of(optx.max_norm, best.point.residual, dtype)
+    size = jnp.where(jnp.isfinite(best.point.merit), size, jnp.inf)
+    return {"result": fine, "residual_norm": size, "scaled_error": best.error}
