@@ -1,4 +1,4 @@
-"""HOW a solution is differentiated: the policy. The mathematics is in `_implicit.py`."""
+"""HOW a solution is differentiated: the policy. `_implicit.py` has the mathematics."""
 
 import abc
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import equinox as eqx
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from ._captured import detach
 from ._condition import AbstractCondition, Root
@@ -57,15 +57,16 @@ class AbstractAdjoint(optx.AbstractAdjoint):
         """
 
 
-def _trusted(
-    result: RESULTS, residual_norm: Array, residual_tol: float | None
-) -> tuple[RESULTS, Bool[Array, ""]]:
+def _judged(outcome: Outcome, residual_tol: float | None) -> Outcome:
+    """The outcome, trusted no further than the residual of its value allows."""
+    if residual_tol is None:
+        return outcome
     # A NaN residual fails the comparison, which is written so that it does.
-    if residual_tol is not None:
-        small = residual_norm <= residual_tol
-        unexplained = ~small & (result == RESULTS.successful)
-        result = RESULTS.where(unexplained, RESULTS.residual_too_large, result)
-    return result, result == RESULTS.successful
+    small = outcome.stats["residual_norm"] <= residual_tol
+    unexplained = ~small & (outcome.result == RESULTS.successful)
+    result = RESULTS.where(unexplained, RESULTS.residual_too_large, outcome.result)
+    trusted = outcome.trusted & small
+    return Outcome(outcome.y, outcome.aux, result, trusted, outcome.stats)
 
 
 class ImplicitAdjoint(AbstractAdjoint):
@@ -97,14 +98,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         """
         detached = solve.detached()
         outcome = stop_gradient(detached.run(detached, lax_while_loop))
-        return self._attached(solve, outcome, residual_tol)
-
-    def _attached(
-        self, solve: Solve, outcome: Outcome, residual_tol: float | None
-    ) -> Outcome:
-        result, trusted = _trusted(
-            outcome.result, outcome.stats["residual_norm"], residual_tol
-        )
+        outcome = _judged(outcome, residual_tol)
         y = implicit_solution(
             solve.condition,
             outcome.y,
@@ -112,9 +106,9 @@ class ImplicitAdjoint(AbstractAdjoint):
             linear_solver=self.linear_solver,
             options=self.options,
             aux=outcome.aux,
-            trusted=trusted,
+            trusted=outcome.trusted,
         )
-        return Outcome(y, outcome.aux, result, outcome.stats)
+        return eqx.tree_at(lambda o: o.y, outcome, y)
 
     def apply(
         self,
@@ -165,10 +159,7 @@ class UnrolledAdjoint(AbstractAdjoint):
             return live.run(live, while_loop)
 
         outcome = self.apply(run, run, (solve,), solve.condition.tags)
-        result, _ = _trusted(
-            outcome.result, outcome.stats["residual_norm"], residual_tol
-        )
-        return Outcome(outcome.y, outcome.aux, result, stop_gradient(outcome.stats))
+        return _judged(outcome, residual_tol)
 
     def apply(
         self,
@@ -182,4 +173,3 @@ class UnrolledAdjoint(AbstractAdjoint):
             return primal_fn((*inputs, lax_while_loop))
         checkpointed = optx.RecursiveCheckpointAdjoint(checkpoints=self.checkpoints)
         return checkpointed.apply(primal_fn, rewrite_fn, inputs, tags)
-

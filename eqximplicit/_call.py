@@ -16,7 +16,6 @@ from ._state import (
     check_same_shapes,
     describe,
     leaf_name,
-    stop_gradient,
 )
 
 _NOT_TRACEABLE = (
@@ -82,5 +81,6 @@ def call_solver(
     y = as_state(y)
     if jtu.tree_leaves(y0):
         check_same_shapes("The solver's solution", y, as_state(y0))
-    result = RESULTS.where(all_finite(y), RESULTS.successful, RESULTS.nonfinite)
-    return Outcome(y, aux, result, {"num_steps": jnp.full((), -1)})
+    finite = all_finite(y)
+    result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)
+    return Outcome(y, aux, result, finite, {"num_steps": jnp.full((), -1)})

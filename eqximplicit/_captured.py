@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 
 from ._state import leaf_name, stop_gradient
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F")
 
 
 def _is_plain_function(x: object) -> bool:

@@ -102,7 +102,6 @@ def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Conditi
 
     **Raises:** `ValueError` if the output does not fit the state.
     """
-
     if isinstance(condition.fn, _Hoisted):
         return condition
 

@@ -138,9 +138,7 @@ def custom_fixed_point(
 
     def decorator(solver: F) -> F:
         on_arguments = _OnArguments(fn, takes_aux)
-        condition = FixedPoint[Any, _Arguments](
-            on_arguments, tags, takes_aux=takes_aux
-        )
+        condition = FixedPoint[Any, _Arguments](on_arguments, tags, takes_aux=takes_aux)
         return _decorate(condition, solver, has_aux, argnums, _adjoint(linear_solver))
 
     return decorator

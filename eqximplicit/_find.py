@@ -30,7 +30,7 @@ def root_find(
 
     **Arguments:**
 
-    - `fn`: `fn(y, args)` returns the residual: as many leaves as `y`, of the same shapes.
+    - `fn`: `fn(y, args)` returns the residual: as many leaves as `y`, of its shapes.
     - `y0`: the initial guess, any pytree of numbers and arrays. It has no derivative.
     - `args`: the second argument of `fn`, any pytree.
     - `tags`: lineax tags of `∂fn/∂y`.
@@ -73,7 +73,7 @@ def fixed_point(
 
     **Arguments:**
 
-    - `fn`: `fn(y, args)` returns the image of `y`, with its structure, shapes and dtypes.
+    - `fn`: `fn(y, args)` returns the image of `y`: its structure, shapes and dtypes.
     - `y0`: the initial guess, any pytree of numbers and arrays. It has no derivative.
     - `args`: the second argument of `fn`, any pytree.
     - `tags`: lineax tags of `I - ∂fn/∂y`.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -37,7 +38,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
 
     - `condition`: what defines the solution: `Root(fn)`, `FixedPoint(fn)`, ...
     - `solver`: how it is found: an optimistix solver, a host solver, or any callable
-        `(y0, args) -> y`, traceable by JAX or not. The default depends on the condition.
+        `(y0, args) -> y`, traceable by JAX or not. By default, one for the condition.
     - `adjoint`: how it is differentiated; `ImplicitAdjoint()` by default.
     - `where`: which part of `fn` is "the parameters", as in `eqx.tree_at`. By default
         all of `fn`.
@@ -116,9 +117,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         """The parameters: the part of the condition's function that `where` selects."""
         return self.where(self.condition.fn)
 
-    def with_params(
-        self, params: Params
-    ) -> "ImplicitFunction[Y, Args, Aux, Params]":
+    def with_params(self, params: Params) -> "ImplicitFunction[Y, Args, Aux, Params]":
         """Returns the same layer with other parameters (`eqx.tree_at` with `where`)."""
         return eqx.tree_at(lambda layer: layer.where(layer.condition.fn), self, params)
 
@@ -137,9 +136,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         """
         return self.solve(y0, args).value
 
-    def solve(
-        self, y0: Y | None = None, args: Args | None = None
-    ) -> Solution[Y, Aux]:
+    def solve(self, y0: Y | None = None, args: Args | None = None) -> Solution[Y, Aux]:
         """Returns the solution together with how the solve went.
 
         **Arguments:** as for the call.
@@ -156,12 +153,17 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "`ImplicitFunction(..., y0=...)`."
             )
         refuse_static_arrays(args, "args")
-        solve = _solve_jit if _is_iterative(self.solver) else _solve
-        return solve(self, guess, args)
+        compiled = _is_iterative(self.solver) and not _is_staged()
+        return (_solve_jit if compiled else _solve)(self, guess, args)
 
 
 def _is_iterative(solver: object) -> bool:
     return isinstance(solver, optx.AbstractIterativeSolver)
+
+
+def _is_staged() -> bool:
+    """Whether an enclosing `jit` or loop records operations instead of running them."""
+    return isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
 def _run_iterative(
@@ -181,8 +183,10 @@ def _run_iterative(
 def _with_residual_norm(solve: Solve, outcome: Outcome) -> Outcome:
     condition = hoist(solve.condition, outcome.y, solve.args, outcome.aux)
     residual = condition.residual(outcome.y, solve.args, outcome.aux)
-    stats = {**outcome.stats, "residual_norm": max_abs(stop_gradient(residual))}
-    return Outcome(outcome.y, outcome.aux, outcome.result, stats)
+    norm = max_abs(stop_gradient(residual))
+    return eqx.tree_at(
+        lambda o: o.stats, outcome, {**outcome.stats, "residual_norm": norm}
+    )
 
 
 def _solve(layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any) -> Any:
@@ -206,7 +210,7 @@ def _solve(layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any) -> A
     return Solution(y, outcome.result, outcome.aux, outcome.stats)
 
 
-_solve_jit = eqx.filter_jit(_solve, inline=True)
+_solve_jit = eqx.filter_jit(_solve)
 
 
 def _with_aux(

@@ -127,8 +127,8 @@ def implicit_solution(
 
     Solve in any way you like (a Python loop, SciPy, another library), then attach:
 
-    $$\frac{\partial y}{\partial\theta} = -\left(\frac{\partial F}{\partial y}\right)^{-1}
-    \frac{\partial F}{\partial\theta}$$
+    $$\frac{\partial y}{\partial\theta} =
+    -\left(\frac{\partial F}{\partial y}\right)^{-1}\frac{\partial F}{\partial\theta}$$
 
     where $F$ is `condition.residual` and $\theta$ is everything that the condition
     depends on: its own arrays, arrays that its function captured by closure, and
@@ -172,7 +172,7 @@ def root_jvp(
     linear_solver: lx.AbstractLinearSolver[Any] | None = None,
     tags: object = frozenset(),
 ) -> Y:
-    r"""Returns $\dot y = -(\partial_y F)^{-1}\,\partial_\theta F\,\dot\theta$ at a root.
+    r"""Returns the tangent of a root: $-(\partial_y F)^{-1}\partial_\theta F\,\dot\theta$.
 
     **Arguments:**
 
@@ -199,7 +199,9 @@ def root_vjp(
     linear_solver: lx.AbstractLinearSolver[Any] | None = None,
     tags: object = frozenset(),
 ) -> Args:
-    r"""Returns $\bar\theta = -(\partial_\theta F)^T (\partial_y F)^{-T}\,\bar y$ at a root.
+    r"""Returns the cotangent of the arguments of a root.
+
+    It is $\bar\theta = -(\partial_\theta F)^T (\partial_y F)^{-T}\,\bar y$.
 
     **Arguments:**
 

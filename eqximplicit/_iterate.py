@@ -10,17 +10,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._condition import AbstractCondition
 from ._problem import iterated_fn, IteratedFn, Solver
-from ._solution import RESULTS
-from ._state import all_finite, from_real, max_abs, real_dtype, to_real
+from ._solution import as_results, is_successful, RESULTS
+from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
 
 # A solve that has become NaN is noticed after at most this many further steps.
-_FINITE_CHECK_EVERY = 256
+_FINITE_CHECK_EVERY = 4096
 
 WhileLoop = Callable[..., Any]
 
@@ -58,9 +57,7 @@ class Run(eqx.Module):
     max_steps: int | None = eqx.field(static=True)
 
     def step(self, y: PyTree[Array], state: Any) -> tuple[Any, Any, Any]:
-        return self.solver.step(
-            self.fn, y, self.args, self.options, state, self.tags
-        )
+        return self.solver.step(self.fn, y, self.args, self.options, state, self.tags)
 
     def terminate(self, y: PyTree[Array], state: Any, residual: Any) -> Any:
         done, result = self.solver.terminate(
@@ -80,22 +77,17 @@ class _Carry(eqx.Module):
 
 
 class Outcome(eqx.Module):
-    """What any solve, by whatever means, hands to the adjoint. Fields as `Solution`."""
+    """What any solve, by whatever means, hands to the adjoint.
+
+    Fields as `Solution`. `trusted` is whether the solver itself reported success: it
+    says less than `result`, but a derivative need not wait for a look at the value.
+    """
 
     y: Any
     aux: Any
     result: RESULTS
+    trusted: Bool[Array, ""]
     stats: dict[str, Any]
-
-
-def _filled(struct: PyTree[Any], value: float) -> PyTree[Any]:
-    """Arrays of one value in place of the shapes; every other leaf as it is."""
-    return jtu.tree_map(
-        lambda s: jnp.full(s.shape, value, s.dtype)
-        if isinstance(s, jax.ShapeDtypeStruct)
-        else s,
-        struct,
-    )
 
 
 def _loop(
@@ -103,7 +95,7 @@ def _loop(
 ) -> _Carry:
     def unfinished(carry: _Carry) -> Bool[Array, ""]:
         done, result = run.terminate(carry.y, combine(carry.state), carry.residual)
-        return ~done & (result == optx.RESULTS.successful)
+        return ~done & is_successful(result)
 
     def body(carry: _Carry) -> _Carry:
         y, state, (residual, aux) = run.step(carry.y, combine(carry.state))
@@ -152,23 +144,29 @@ def iterate(
     residual_struct, fn_aux_struct = aux_struct
     state = solver.init(fn, y, args, options, f_struct, aux_struct, condition.tags)
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
-    aux_arrays, aux_static = eqx.partition(_filled(fn_aux_struct, 0), eqx.is_array)
-    residual = _filled(residual_struct, jnp.inf)
+    aux_arrays, aux_static = eqx.partition(filled(fn_aux_struct, 0), eqx.is_array)
+    residual = filled(residual_struct, jnp.inf)
     carry = _Carry(y, state_arrays, residual, aux_arrays, jnp.zeros((), int))
 
     def combine(arrays: Any) -> Any:
         return eqx.combine(arrays, state_static)
 
     carry = _loop(run, carry, combine, while_loop)
-    return _outcome(run, carry, combine(carry.state), eqx.combine(carry.aux, aux_static))
+    return _outcome(
+        run, carry, combine(carry.state), eqx.combine(carry.aux, aux_static)
+    )
 
 
 def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
     done, result = run.terminate(carry.y, state, carry.residual)
-    result = optx.RESULTS.where(
-        ~done & (result == optx.RESULTS.successful),
-        optx.RESULTS.nonlinear_max_steps_reached,
-        result,
+    out_of_steps = optx.RESULTS.where(
+        done, optx.RESULTS.successful, optx.RESULTS.nonlinear_max_steps_reached
+    )
+    successful = is_successful(result)
+    result = (
+        out_of_steps
+        if successful is True
+        else optx.RESULTS.where(successful, out_of_steps, result)
     )
     y, (_, aux), stats = run.solver.postprocess(
         run.fn,
@@ -180,9 +178,11 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
         run.tags,
         result,
     )
-    result = _classify(y, stats.pop("result", RESULTS.promote(result)))
+    reported = as_results(stats.pop("result", result))
+    trusted = jnp.asarray(is_successful(reported))
     stats = {"num_steps": carry.num_steps, **stats}
-    return Outcome(from_real(y, run.fn.like), aux, result, stats)
+    value = from_real(y, run.fn.like)
+    return Outcome(value, aux, _classify(y, reported), trusted, stats)
 
 
 def _classify(y: PyTree[Array], result: RESULTS) -> RESULTS:

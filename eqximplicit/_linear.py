@@ -11,11 +11,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree
 
-from ._state import all_finite, all_zero, stop_gradient, struct_of
+from ._solution import is_successful
+from ._state import filled, nonzero_and_finite, select, stop_gradient, struct_of
 
 
 class LinearRule(eqx.Module):
@@ -35,21 +35,16 @@ class LinearRule(eqx.Module):
     trusted: Bool[Array, ""]
 
 
-def _nan_unless(ok: Bool[Array, ""], x: PyTree[Array]) -> PyTree[Array]:
-    return jtu.tree_map(lambda leaf: jnp.where(ok, leaf, jnp.nan), x)
-
-
 def _checked_compute(
     rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
 ) -> PyTree[Array]:
     # A zero right-hand side has the solution zero whatever the operator is. Krylov
     # solvers divide by its norm, and a lane that nobody asks about must stay zero.
     solution, result, _ = rule.solver.compute(state, vector, options)
-    ok = (result == lx.RESULTS.successful) & all_finite(solution) & rule.trusted
-    zero = all_zero(vector)
-    return jtu.tree_map(
-        lambda x: jnp.where(zero, jnp.zeros_like(x), x), _nan_unless(ok, solution)
-    )
+    asked, finite = nonzero_and_finite(vector, solution)
+    ok = finite & rule.trusted & is_successful(result)
+    checked = select(ok, solution, filled(solution, jnp.nan))
+    return select(asked, checked, filled(solution, 0))
 
 
 def differentiable_linear_solve(

@@ -1,6 +1,6 @@
-"""Which function a solver of each kind iterates, for each condition.
+r"""Which function a solver of each kind iterates, for each condition.
 
-| solver \\ condition  | `Root`       | `FixedPoint`      | `Minimum` | `LeastSquares` |
+| solver \ condition   | `Root`       | `FixedPoint`      | `Minimum` | `LeastSquares` |
 |----------------------|--------------|-------------------|-----------|----------------|
 | fixed-point solver   | refused      | `fn`              | refused   | refused        |
 | root finder          | `fn`         | `y - fn`          | refused   | refused        |

@@ -3,7 +3,10 @@
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
+from jaxtyping import Array, Bool
 
 Y = TypeVar("Y")
 Aux = TypeVar("Aux")
@@ -49,6 +52,27 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The solver on the host reported failure. Its own message is in its log; "
         "loosen its tolerance, raise its iteration limit, or start from another `y0`."
     )
+
+
+def as_results(result: lx.RESULTS) -> RESULTS:
+    """The same code as an item of our `RESULTS`.
+
+    A subclass numbers its base's items first, so the number carries over. (`promote`
+    looks it up in an array, which costs every solve a gather.)
+    """
+    if isinstance(result, RESULTS):
+        return result
+    return jtu.tree_unflatten(
+        jtu.tree_structure(RESULTS.successful), jtu.tree_leaves(result)
+    )
+
+
+def is_successful(result: lx.RESULTS) -> Bool[Array, ""] | bool:
+    """Whether a code says success; a plain `True` where it is so at trace time."""
+    for codes in (lx.RESULTS, optx.RESULTS, RESULTS):
+        if isinstance(result, codes):
+            return True if result is codes.successful else result == codes.successful
+    raise TypeError(f"Expected a result code, got {result!r}.")
 
 
 class Solution(eqx.Module, Generic[Y, Aux]):

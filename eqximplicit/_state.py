@@ -7,6 +7,7 @@ leaves are cast to the widest of their dtypes. No leaf is ever ravelled. For a s
 one real dtype the real form is the state itself.
 """
 
+import functools
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -179,20 +180,52 @@ def stop_gradient(tree: T) -> T:
 
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Whether every entry of every leaf is finite."""
-    checks = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(tree)]
-    return jtu.tree_reduce(jnp.logical_and, checks, jnp.array(True))
+    return _all([jnp.isfinite(x) for x in jtu.tree_leaves(tree)])
 
 
-def all_zero(tree: PyTree[Array]) -> Bool[Array, ""]:
-    """Whether every entry of every leaf is zero."""
-    checks = [jnp.all(x == 0) for x in jtu.tree_leaves(tree)]
-    return jtu.tree_reduce(jnp.logical_and, checks, jnp.array(True))
+def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
+    return functools.reduce(jnp.logical_and, [jnp.all(x) for x in leaves])
+
+
+def nonzero_and_finite(
+    a: PyTree[Array], b: PyTree[Array]
+) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether some entry of `a` is not zero, and whether every entry of `b` is finite.
+
+    Both in one reduction: they guard every linear solve, and small ones are common.
+    """
+
+    def leaf_code(x: Array, y: Array) -> Array:
+        nonzero = (x != 0).astype(jnp.int32)
+        broken = jnp.logical_not(jnp.isfinite(y)).astype(jnp.int32)
+        return jax.lax.reduce_or(nonzero | 2 * broken, tuple(range(x.ndim)))
+
+    codes = jtu.tree_leaves(jtu.tree_map(leaf_code, a, b))
+    code = functools.reduce(jnp.bitwise_or, codes)
+    return (code & 1) != 0, (code & 2) == 0
 
 
 def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:
     """The largest absolute entry of all leaves; zero for a state of size zero."""
     dtype = real_dtype(tree)
-    peaks = [
-        jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jtu.tree_leaves(tree)
-    ]
-    return jtu.tree_reduce(jnp.maximum, peaks, jnp.zeros((), dtype))
+    leaves = jtu.tree_leaves(tree)
+    peaks = [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves]
+    return functools.reduce(jnp.maximum, peaks)
+
+
+def select(
+    pred: Bool[Array, ""], on_true: PyTree[Array], on_false: PyTree[Array]
+) -> PyTree[Array]:
+    """`on_true` where the scalar `pred` holds, else `on_false`, leaf by leaf."""
+    return jtu.tree_map(lambda a, b: jax.lax.select(pred, a, b), on_true, on_false)
+
+
+def filled(struct: PyTree[Any], value: float) -> PyTree[Any]:
+    """Arrays of one value in the shapes of `struct`; non-array leaves as they are."""
+    return jtu.tree_map(
+        lambda s: jnp.full(s.shape, value, s.dtype) if _has_shape(s) else s, struct
+    )
+
+
+def _has_shape(x: object) -> bool:
+    return isinstance(x, (jax.ShapeDtypeStruct, jax.Array))

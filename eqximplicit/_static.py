@@ -15,6 +15,8 @@ def _is_module(x: object) -> bool:
 
 
 def _static_arrays(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if not any(map(_is_module, jtu.tree_leaves(node, is_leaf=_is_module))):
+        return
     for path, module in jtu.tree_leaves_with_path(node, is_leaf=_is_module):
         if not isinstance(module, eqx.Module):
             continue
