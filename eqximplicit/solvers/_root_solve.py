@@ -1,0 +1,56 @@
+"""The one small linear solve that all phases of the default root finder share."""
+
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Bool, Float
+
+
+def _cross_rows(m: Float[Array, "3 3"]) -> Float[Array, "3 3"]:
+    a, b, c = m[:, 0], m[:, 1], m[:, 2]
+    return jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)])
+
+
+def solve_square(
+    matrix: Float[Array, "n n"], vector: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """The solution of `matrix @ x = vector`; not finite where `matrix` is singular.
+
+    Up to `n = 3` it is Cramer's rule, which is arithmetic on whole batches under
+    `jax.vmap`, many times faster there than a batch of small LU factorisations.
+    """
+    n = vector.size
+    if n == 1:
+        return vector / matrix[0]
+    if n == 2:
+        (a, b), (c, d) = matrix
+        top, bottom = d * vector[0] - b * vector[1], a * vector[1] - c * vector[0]
+        return jnp.stack([top, bottom]) / (a * d - b * c)
+    if n == 3:
+        adjugate = _cross_rows(matrix)
+        return adjugate @ vector / jnp.dot(adjugate[0], matrix[:, 0])
+    # The solver's own methods instead of `lx.linear_solve`: a third of the trace, and
+    # an LU factorisation is differentiable by itself.
+    solver, operator = lx.LU(), lx.MatrixLinearOperator(matrix)
+    return solver.compute(solver.init(operator, {}), vector, {})[0]
+
+
+def newton_or_damped_step(
+    jacobian: Float[Array, "n n"],
+    residual: Float[Array, " n"],
+    gradient: Float[Array, " n"],
+    scale: Float[Array, " n"],
+    damping: Float[Array, ""],
+    damped: Bool[Array, ""],
+) -> Float[Array, " n"]:
+    r"""The Newton step, or the damped (Levenberg-Marquardt) step, by one solve.
+
+    With $J$, $F$, $g = J^T F$, $D = \mathrm{diag}(\mathtt{scale})$ and the damping
+    $\lambda$ it solves
+
+    $$J d = -F \qquad\text{or}\qquad (J^T J + \lambda D^2)\, d = -g.$$
+
+    The matrix and the right-hand side are selected first and factorised once.
+    """
+    normal = jacobian.T @ jacobian + jnp.diag(damping * scale**2)
+    matrix = jnp.where(damped, normal, jacobian)
+    return solve_square(matrix, -jnp.where(damped, gradient, residual))

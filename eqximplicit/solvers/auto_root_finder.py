@@ -1,0 +1,214 @@
+"""The default root finder: one loop that does not give up where Newton's method does."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+from .._solution import Aux, RESULTS, Y
+from ._root_dense import DenseState, init_dense, Limits, step_dense
+from ._root_vector import real_size
+from ._vector_space import real_dtype
+
+_Fn = Callable[[Y, Any], tuple[PyTree[Array], Aux]]
+# The default tolerance, and the smallest sensible one in units of the dtype's epsilon.
+_ATOL, _RESOLUTION = 1e-9, 84.0
+
+
+def default_atol(dtype: Any) -> float:
+    """The largest residual entry of a root: 1e-9 in float64, 1e-5 in float32."""
+    return max(_ATOL, _RESOLUTION * float(jnp.finfo(dtype).eps))
+
+
+def zeros_for(struct: PyTree[Any]) -> PyTree[Any]:
+    """Zeros in place of shapes; every other leaf as it is."""
+
+    def zero(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return leaf
+
+    return jtu.tree_map(zero, struct)
+
+
+def coarse_result(reason: RESULTS) -> optx.RESULTS:
+    """The optimistix code nearest to one of ours: `terminate` may return no other."""
+    result = optx.RESULTS.where(
+        reason == RESULTS.successful,
+        optx.RESULTS.successful,
+        optx.RESULTS.nonlinear_divergence,
+    )
+    result = optx.RESULTS.where(
+        reason == RESULTS.singular_jacobian, optx.RESULTS.singular, result
+    )
+    return optx.RESULTS.where(
+        reason == RESULTS.nonfinite_start, optx.RESULTS.nonfinite, result
+    )
+
+
+class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
+    r"""A root finder that needs no tuning and claims nothing that it has not seen.
+
+    One compiled loop, one trial point and one linear solve per step, and the ways of
+    proposing the trial change with the measured progress: full Newton steps while they
+    pay, from the best point damped (Levenberg-Marquardt) steps where they do not, and
+    restarts out of a stationary point of $|F|$ that is not a root. A trial where `fn`
+    is not finite is a rejected step.
+
+    The solve is successful when every entry of the residual at **the very point
+    returned** is at most `atol` in absolute value; a small step or a small $J^T F$
+    alone is never success. Otherwise the best point seen is returned, with its residual
+    in `stats["residual_norm"]` and the reason in `stats["result"]`, an
+    [`eqximplicit.RESULTS`][]: `local_minimum`, `nonlinear_divergence`,
+    `singular_jacobian`, `unattainable_tolerance`, `nonlinear_max_steps_reached` or
+    `nonfinite_start`. Each failing lane of a `jax.vmap` stops by itself.
+
+    Hard problems take some hundred steps; `max_steps=512` leaves room for the restarts.
+
+    **Arguments:**
+
+    - `rtol`: part of every root finder's interface, and without effect: a root has the
+        residual zero, and `rtol * 0` is zero.
+    - `atol`: the largest absolute residual entry of a root. Dimensionless. `None`
+        stands for 1e-9 in float64 and for 84 epsilon in any lower precision, which is
+        1e-5 in float32.
+    - `max_restarts`: how often to start again out of a stationary point of the residual
+        norm, or out of a slow descent, before the solve fails.
+
+    **Raises:**
+
+    - `ValueError`: a negative tolerance or number; a residual that has not as many
+        entries as the state.
+
+    A tolerance below the resolution of the dtype is met by a `UserWarning`.
+
+    !!! example
+
+        ```python
+        sol = optx.root_find(fn, eqi.AutoRootFinder(), y0, max_steps=512)
+        ```
+
+    ??? cite "References"
+
+        D. W. Marquardt, *An algorithm for least-squares estimation of nonlinear
+        parameters*, SIAM J. Appl. Math. 11 (1963): the damped step.
+        J. J. Moré, *The Levenberg-Marquardt algorithm: implementation and theory*,
+        Lecture Notes in Mathematics 630 (1978): the ratio test and column scaling.
+        J. Fan, *A modified Levenberg-Marquardt algorithm for singular system of
+        nonlinear equations*, J. Comput. Math. 21 (2003): a damping that vanishes with
+        the residual keeps quadratic convergence, section 2.
+        L. Grippo, F. Lampariello, S. Lucidi, *A class of nonmonotone stabilization
+        methods in unconstrained optimization*, Numer. Math. 59 (1991): the watchdog.
+    """
+
+    rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    norm: Callable[[PyTree[Array]], Scalar] = optx.max_norm
+    max_restarts: int = 12
+
+    def __check_init__(self) -> None:
+        for name in ("rtol", "atol", "max_restarts"):
+            value = getattr(self, name)
+            if value is not None and not (0 <= value < math.inf):
+                raise ValueError(
+                    f"`AutoRootFinder({name}=...)` must be finite and not negative; "
+                    f"got {value}."
+                )
+        if self.atol is not None:
+            _warn_below_resolution(self.atol, jnp.result_type(float))
+
+    def init(
+        self,
+        fn: _Fn[Y, Aux],
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        f_struct: PyTree[jax.ShapeDtypeStruct],
+        aux_struct: PyTree[Any],
+        tags: frozenset[object],
+    ) -> DenseState[Any]:
+        """Returns the state whose first trial is `y`; evaluates nothing."""
+        del fn, args, options, tags
+        _check_square(f_struct, y)
+        return init_dense(y, zeros_for(aux_struct))
+
+    def step(
+        self,
+        fn: _Fn[Y, Aux],
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: DenseState[Aux],
+        tags: frozenset[object],
+    ) -> tuple[Y, DenseState[Aux], Aux]:
+        """Returns the best point so far, after one more trial."""
+        del options, tags
+        atol = default_atol(real_dtype(y)) if self.atol is None else self.atol
+        limits = Limits(atol, self.max_restarts)
+        y, state = step_dense(lambda y: fn(y, args), y, state, limits)
+        return y, state, state.aux
+
+    def terminate(
+        self,
+        fn: _Fn[Y, Aux],
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: DenseState[Aux],
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        """Returns whether the solve is over; with success only if `y` is a root."""
+        del fn, y, args, options, tags
+        return state.done, coarse_result(state.reason)
+
+    def postprocess(
+        self,
+        fn: _Fn[Y, Aux],
+        y: Y,
+        aux: Aux,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: DenseState[Aux],
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        """Returns the best point, its `aux`, and what was seen on the way."""
+        del fn, aux, args, options, tags
+        ended = result == optx.RESULTS.nonlinear_max_steps_reached
+        reason = RESULTS.where(
+            ended, RESULTS.nonlinear_max_steps_reached, state.reason
+        )
+        stats = {
+            "result": reason,
+            "residual_norm": state.best_max,
+            "num_evaluations": state.num_evaluations,
+            "num_restarts": state.phases.num_cycles,
+        }
+        return y, state.aux, stats
+
+
+def _warn_below_resolution(atol: float, dtype: Any) -> None:
+    eps = float(jnp.finfo(dtype).eps)
+    if atol < eps:
+        warnings.warn(
+            f"`AutoRootFinder(atol={atol:g})` is below the resolution {eps:.1e} of "
+            f"{jnp.dtype(dtype).name}, so that no solve can succeed but by luck. Pass "
+            "a larger `atol`, or leave it out.",
+            stacklevel=4,
+        )
+
+
+def _check_square(f_struct: PyTree[Any], y: PyTree[Any]) -> None:
+    if (rows := real_size(f_struct)) != (columns := real_size(y)):
+        raise ValueError(
+            f"`AutoRootFinder` solves as many equations as there are unknowns; got a "
+            f"residual of {rows} entries for a state of {columns}. Pass the problem to "
+            "`least_squares` instead."
+        )
