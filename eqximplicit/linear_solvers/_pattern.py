@@ -1,0 +1,254 @@
+"""The sparsity of an operator, found once per structure while tracing."""
+
+import copy
+import importlib
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.extend.core as jex
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import scipy.sparse as sp
+
+from ._propagate import (
+    known_value,
+    Pattern,
+    propagate,
+    TooDense,
+    Traced,
+    UnknownPrimitive as UnknownPrimitive,
+)
+
+Kind = Literal["diagonal", "tridiagonal", "banded", "sparse", "dense"]
+
+# asdex follows sets of Python integers, up to n^2 of them: by default only where that
+# is a few megabytes.
+FALLBACK_SIZE = 1000
+# A pattern with more entries per row than this (in the mean) is called dense.
+_ENTRIES_PER_ROW = 200
+# Bands wider than this are solved as general sparse matrices.
+_MAX_BAND = 16
+
+
+class Structure:
+    """The sparsity of a square operator: what may be non-zero, for all values.
+
+    Compared and hashed by identity: equal structures are the same object, since
+    detection is cached.
+
+    **Attributes:**
+
+    - `kind`: `"diagonal"`, `"tridiagonal"`, `"banded"`, `"sparse"` or `"dense"`.
+    - `size`: the number of unknowns `n`.
+    - `nnz`: the number of entries that may be non-zero.
+    - `lower`, `upper`: the number of sub- and superdiagonals, in the order of the
+        flattened state.
+    - `colours`: the number of products that give all entries. For `"sparse"` it is
+        the largest number of entries in a row, which is a lower bound.
+    - `rows`, `cols`: the entries, int32 arrays of shape `(nnz,)`, row by row; empty
+        if dense.
+    """
+
+    kind: Kind
+    size: int
+    nnz: int
+    lower: int
+    upper: int
+    colours: int
+    rows: np.ndarray
+    cols: np.ndarray
+
+    def __init__(self, size: int, pattern: Pattern | None) -> None:
+        self.size = size
+        if pattern is None:
+            self.kind, self.nnz, self.colours = "dense", size * size, size
+            self.lower = self.upper = max(size - 1, 0)
+            self.rows = self.cols = np.zeros(0, np.int32)
+            return
+        pattern.sum_duplicates()
+        coo = pattern.tocoo()
+        self.rows, self.cols = (x.astype(np.int32) for x in coo.coords)
+        self.nnz = int(self.rows.size)
+        offset = self.cols - self.rows
+        self.upper = max(int(offset.max(initial=0)), 0)
+        self.lower = max(-int(offset.min(initial=0)), 0)
+        self.kind = _kind(self.lower, self.upper, size)
+        per_row = int(np.diff(pattern.indptr).max(initial=0))
+        width = self.lower + self.upper + 1
+        self.colours = per_row if self.kind == "sparse" else width
+
+    @property
+    def nearly_full(self) -> bool:
+        """Whether a dense factorisation is the better one: small, or a quarter full."""
+        return self.size <= 64 or 4 * self.nnz > self.size**2
+
+    def transpose(self) -> "Structure":
+        """The structure of the transposed operator, with the entries in this order."""
+        flipped = copy.copy(self)
+        flipped.rows, flipped.cols = self.cols, self.rows
+        flipped.lower, flipped.upper = self.upper, self.lower
+        return flipped
+
+    def __repr__(self) -> str:
+        return (
+            f"Structure({self.kind}, size={self.size}, nnz={self.nnz}, "
+            f"lower={self.lower}, upper={self.upper}, colours={self.colours})"
+        )
+
+
+def _kind(lower: int, upper: int, size: int) -> Kind:
+    if lower == upper == 0:
+        return "diagonal"
+    if lower <= 1 and upper <= 1:
+        return "tridiagonal"
+    return "banded" if lower + upper < min(_MAX_BAND, size) else "sparse"
+
+
+def optional(name: str) -> ModuleType | None:
+    """The module of an optional dependency, or `None` when it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _fingerprint(jaxpr: jex.Jaxpr) -> tuple[Any, ...]:
+    """A hashable name for what a jaxpr computes; constants count by shape only."""
+    number: dict[Any, int] = {}
+
+    def atom(v: Any) -> Any:
+        if isinstance(v, jex.Literal):
+            return ("literal", str(v.aval), _parameter(np.asarray(v.val)))
+        return number.setdefault(v, len(number)), str(v.aval)
+
+    heads = tuple(atom(v) for v in (*jaxpr.constvars, *jaxpr.invars))
+    body = tuple(
+        (
+            eqn.primitive.name,
+            tuple(atom(v) for v in eqn.invars),
+            tuple((k, _parameter(v)) for k, v in sorted(eqn.params.items())),
+            tuple(atom(v) for v in eqn.outvars),
+        )
+        for eqn in jaxpr.eqns
+    )
+    return heads, body, tuple(atom(v) for v in jaxpr.outvars)
+
+
+def _parameter(value: Any) -> Any:
+    if isinstance(value, jex.ClosedJaxpr):
+        return _fingerprint(value.jaxpr), tuple(_constant_key(c) for c in value.consts)
+    if isinstance(value, jex.Jaxpr):
+        return _fingerprint(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_parameter(v) for v in value)
+    if isinstance(value, np.ndarray):
+        return value.shape, str(value.dtype), value.tobytes()
+    return repr(value)
+
+
+def _constant_key(const: Any) -> Any:
+    known = known_value(const)
+    return None if known is None else _parameter(known)
+
+
+def flat_size(struct: Any) -> int:
+    """The number of entries of a pytree of arrays."""
+    return sum(int(np.prod(x.shape, dtype=np.int64)) for x in jtu.tree_leaves(struct))
+
+
+def _propagated(closed: jex.ClosedJaxpr, size: int) -> Pattern | None:
+    consts = [Traced(known=known_value(c)) for c in closed.consts]
+    args, start = [], 0
+    for var in closed.jaxpr.invars:
+        count = flat_size(var.aval)
+        eye = sp.eye_array(count, size, k=start, dtype=bool, format="csr")
+        args.append(Traced(eye))
+        start += count
+    limit = max(size * size if size <= 1000 else 0, _ENTRIES_PER_ROW * size)
+    outs = propagate(closed.jaxpr, consts, args, limit)
+    rows = [
+        sp.csr_array((flat_size(v.aval), size), dtype=bool)
+        if t.pattern is None
+        else t.pattern
+        for v, t in zip(closed.jaxpr.outvars, outs, strict=True)
+    ]
+    return sp.csr_array(sp.vstack(rows, format="csr"))
+
+
+def _by_asdex(asdex: ModuleType, closed: jex.ClosedJaxpr, size: int) -> Pattern:
+    """The pattern by asdex: traced constants go in as arguments, as dummy zeros."""
+    known = [known_value(c) for c in closed.consts]
+    unknown = [i for i, k in enumerate(known) if k is None]
+    avals = [closed.jaxpr.constvars[i].aval for i in unknown]
+    dummies = [np.zeros(a.shape, a.dtype) for a in avals]
+    x = [np.zeros(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
+
+    def linear(x: Sequence[Any], dummies: Sequence[Any]) -> Any:
+        consts = list(known)
+        for i, value in zip(unknown, dummies, strict=True):
+            consts[i] = value
+        as_function = jex.jaxpr_as_fun(jex.ClosedJaxpr(closed.jaxpr, consts))
+        return as_function(*x)
+
+    with warnings.catch_warnings(), jax.ensure_compile_time_eval():
+        warnings.simplefilter("ignore")
+        found = asdex.jacobian_sparsity(linear, x, dummies, argnums=0)
+    ones = np.ones(len(found.rows), bool)
+    return sp.csr_array((ones, (found.rows, found.cols)), shape=(size, size))
+
+
+_CACHE: dict[Any, Structure | None] = {}
+
+
+def detect_structure(
+    operator: lx.AbstractLinearOperator, *, fallback_size: int = FALLBACK_SIZE
+) -> Structure | None:
+    """The sparsity of an operator, from the jaxpr of its product with a vector.
+
+    It holds for all values: floating-point values are never looked at, so that it
+    works inside `jit`, `vmap` and `grad`, and the result is cached by the structure
+    of the jaxpr. A primitive without a rule of our own is left to
+    [asdex](https://github.com/adrhill/asdex), if it is installed.
+
+    **Arguments:**
+
+    - `operator`: a square lineax operator over any pytree.
+    - `fallback_size`: above this many unknowns asdex is not asked, for it would need
+        memory quadratic in the size if the operator turned out to be dense.
+
+    **Returns:**
+
+    A `Structure`; `None` when it cannot be told (asdex missing, or not asked).
+
+    **Raises:** `ValueError` for an operator that is not square.
+    """
+    struct = operator.in_structure()
+    size = flat_size(struct)
+    if size != flat_size(operator.out_structure()):
+        raise ValueError(
+            "`detect_structure` needs a square operator; got "
+            f"{flat_size(operator.out_structure())} rows and {size} columns."
+        )
+    closed = jax.make_jaxpr(operator.mv)(struct)
+    consts = tuple(_constant_key(c) for c in closed.consts)
+    ask = size <= fallback_size
+    key = (_fingerprint(closed.jaxpr), consts, ask)
+    if key not in _CACHE:
+        _CACHE[key] = _detect(closed, size, ask)
+    return _CACHE[key]
+
+
+def _detect(closed: jex.ClosedJaxpr, size: int, ask: bool) -> Structure | None:
+    try:
+        return Structure(size, _propagated(closed, size))
+    except TooDense:
+        return Structure(size, None)
+    except UnknownPrimitive:
+        asdex = optional("asdex") if ask else None
+        if asdex is None:
+            return None
+        return Structure(size, _by_asdex(asdex, closed, size))

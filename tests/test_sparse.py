@@ -1,0 +1,578 @@
+"""SparseDirect against dense linear algebra, its sparsity against dense Jacobians."""
+
+import functools
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import pytest
+
+from eqximplicit.linear_solvers import _klu, _pattern, _sparse_plans
+from eqximplicit.linear_solvers.sparse import detect_structure, SparseDirect
+
+jax.config.update("jax_enable_x64", True)
+
+EXACT = 1e-11  # well-conditioned systems, float64
+SECOND = 1e-9  # second derivatives of the same
+SINGLE = 2e-5  # the same in float32
+
+
+def diffusion(y, dt=0.3):
+    """A nonlinear diffusion on a line: tridiagonal, not symmetric."""
+    wide = jnp.concatenate([jnp.zeros(1, y.dtype), y, jnp.ones(1, y.dtype)])
+    middle = 0.5 * (wide[1:] + wide[:-1])
+    flux = (1 + middle**2) * jnp.diff(wide) * (1 + 0.3 * jnp.sin(middle))
+    return y - dt * jnp.diff(flux) + 0.1 * y**3
+
+
+def plane(y, dt=0.2):
+    """The same on a square: five diagonals, far apart."""
+    wide = jnp.pad(y, 1)
+    up = (1 + wide[1:] ** 2) * (wide[1:] - wide[:-1])
+    side = (1 + wide[:, :-1] ** 2) * (wide[:, 1:] - wide[:, :-1])
+    div = jnp.diff(up, axis=0)[:, 1:-1] + jnp.diff(side, axis=1)[1:-1]
+    return y - dt * div
+
+
+def ring(y):
+    return 3 * y + jnp.sin(jnp.roll(y, 1)) - 0.5 * jnp.roll(y, -2) ** 2
+
+
+def pair(y):
+    """Two fields coupled in each point, with a scalar that every point feels."""
+    u, v, s = y["u"], y["v"], y["s"]
+    return {
+        "u": diffusion(u) + u * v * s,
+        "v": 3 * v - u**2 + 0.2 * s,
+        "s": 2 * s + jnp.mean(u) + 0.1 * s**2,
+    }
+
+
+def stencil(y):
+    return y.at[2:-2].add(0.1 * y[4:] - 0.2 * y[:-4] ** 2)
+
+
+def scattered(y):
+    index = np.array([3, 1, 4, 1, 5])
+    return 2 * y + jnp.zeros_like(y).at[index].add(jnp.sin(y[index[::-1]]))
+
+
+def local_blocks(y):
+    matrix = jnp.arange(9.0).reshape(3, 3) / 9 + 2 * jnp.eye(3)
+    return jax.vmap(lambda v: matrix @ jnp.sin(v))(y.reshape(-1, 3)).reshape(-1)
+
+
+def chosen(y):
+    first = jnp.where(jnp.arange(y.size) % 2 == 0, y**2, jnp.roll(y, 1))
+    return 3 * y + 0.1 * jnp.where(y > 0, first, y[::-1])
+
+
+def padded(y):
+    shifted = jax.lax.pad(y**2, 0.0, ((-3, 3, 0),))
+    return 2 * y + jax.lax.pad(y[::2], 0.0, ((1, 0, 1),)) + 0.3 * shifted
+
+
+def halves(y):
+    first, second = jnp.split(y, 2)
+    return jnp.concatenate([first**2 + second, jnp.exp(second)]) + 0.1 * y[-1]
+
+
+def convolved(y):
+    return y + 0.1 * jnp.convolve(y, jnp.array([1.0, 2.0, 0.5]), mode="same")
+
+
+def scanned(y):
+    def step(carry, x):
+        return 0.5 * x + 0.1 * carry, carry + 2 * x
+
+    return jax.lax.scan(step, jnp.zeros(()), y)[1]
+
+
+def vector(n, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).uniform(0.1, 1.0, n))
+
+
+STATES = {
+    "diagonal": (lambda y: y**3 + y, vector(12)),
+    "diffusion": (diffusion, vector(20)),
+    "plane": (plane, vector(100).reshape(10, 10)),
+    "ring": (ring, vector(90)),
+    "pair": (pair, {"u": vector(30), "v": vector(30, 1), "s": vector(1)[0]}),
+    "stencil": (stencil, vector(80)),
+    "scattered": (scattered, vector(9)),
+    "local_blocks": (local_blocks, vector(72)),
+    "chosen": (chosen, vector(17)),
+    "padded": (padded, vector(10)),
+    "halves": (halves, vector(70)),
+    "convolved": (convolved, vector(25)),
+    "scanned": (scanned, vector(8)),
+    "one": (lambda y: jnp.sin(y), vector(1)),
+    "two": (lambda y: y + 0.3 * y[::-1] ** 2, vector(2)),
+}
+EVERY = pytest.mark.parametrize("name", list(STATES))
+
+
+@functools.lru_cache
+def with_args(fn):
+    return lambda y, _: fn(y)
+
+
+def jacobian_of(fn, y):
+    return lx.JacobianLinearOperator(with_args(fn), y)
+
+
+@eqx.filter_jit
+def as_matrix(operator):
+    return operator.as_matrix()
+
+
+def dense(operator):
+    return np.asarray(as_matrix(operator))
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jtu.tree_leaves(tree)])
+
+
+def like(y, seed=7):
+    leaves, treedef = jtu.tree_flatten(y)
+    draw = np.random.default_rng(seed)
+    new = [jnp.asarray(draw.normal(size=x.shape)).astype(x.dtype) for x in leaves]
+    return jtu.tree_unflatten(treedef, new)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def both_ways(fn, y, b, backend="auto"):
+    operator, solver = jacobian_of(fn, y), SparseDirect(backend)
+    state = solver.init(operator, {})
+    x, result, _ = solver.compute(state, b, {})
+    state_t, _ = solver.transpose(state, {})
+    x_t, result_t, _ = solver.compute(state_t, b, {})
+    ok = (result == lx.RESULTS.successful) & (result_t == lx.RESULTS.successful)
+    return x, x_t, ok
+
+
+def solve_by_rule(operator, b, solver):
+    state = jax.lax.stop_gradient(solver.init(operator, {}))
+
+    def solve(_, b):
+        return solver.compute(state, b, {})[0]
+
+    def transpose_solve(_, b):
+        return solver.compute(solver.transpose(state, {})[0], b, {})[0]
+
+    return jax.lax.custom_linear_solve(operator.mv, b, solve, transpose_solve)
+
+
+# --- Detection ---------------------------------------------------------------------
+
+
+@EVERY
+def test_pattern_covers_the_dense_jacobian(name):
+    fn, y = STATES[name]
+    structure = detect_structure(jacobian_of(fn, y))
+    outside = np.ones((structure.size, structure.size), bool)
+    outside[structure.rows, structure.cols] = False
+    matrix = dense(jacobian_of(fn, y))
+    assert np.all(matrix[outside] == 0)
+    if name != "chosen":  # both branches of a selection count
+        assert structure.nnz == np.count_nonzero(matrix)
+
+
+def test_kinds_and_colours_are_those_of_the_textbook():
+    kinds = {k: detect_structure(jacobian_of(*STATES[k])).kind for k in STATES}
+    assert kinds["diagonal"] == kinds["one"] == "diagonal"
+    assert kinds["diffusion"] == kinds["convolved"] == kinds["two"] == "tridiagonal"
+    assert kinds["stencil"] == kinds["local_blocks"] == "banded"
+    assert kinds["plane"] == kinds["ring"] == kinds["pair"] == "sparse"
+    large = detect_structure(jacobian_of(lambda y: y + jnp.sum(y), jnp.ones(2000)))
+    assert (large.kind, large.nnz) == ("dense", 2000**2)
+    tri = detect_structure(jacobian_of(*STATES["diffusion"]))
+    assert (tri.nnz, tri.lower, tri.upper, tri.colours) == (58, 1, 1, 3)
+
+
+def test_detection_is_cached_by_structure_and_knows_index_values():
+    def shifted(by, scale):
+        index = (np.arange(30) + by) % 30
+        return detect_structure(jacobian_of(lambda y: scale * y[index], jnp.ones(30)))
+
+    assert shifted(0, 2 * jnp.ones(30)) is shifted(0, 3 * jnp.ones(30))
+    assert shifted(0, jnp.ones(30)).kind == "diagonal"
+    assert shifted(1, jnp.ones(30)).kind == "sparse"
+
+
+def test_detection_under_transformations_leaks_no_tracer():
+    def kind(y, scale):
+        operator = lx.JacobianLinearOperator(lambda y, _: scale * diffusion(y), y)
+        structure = detect_structure(operator)
+        assert structure is not None
+        assert structure.kind == "tridiagonal"
+        return jnp.sum(y * scale)
+
+    with jax.checking_leaks():
+        jax.jit(jax.vmap(jax.grad(kind)))(jnp.ones((3, 21)), jnp.arange(1.0, 4.0))
+    eager = detect_structure(jacobian_of(lambda y: 2.0 * diffusion(y), jnp.ones(21)))
+    assert eager.kind == "tridiagonal"
+
+
+def test_not_square_raises():
+    operator = jacobian_of(lambda y: y[:2], jnp.ones(3))
+    with pytest.raises(ValueError, match="2 rows and 3 columns"):
+        detect_structure(operator)
+
+
+# --- Solving -----------------------------------------------------------------------
+
+
+@EVERY
+def test_solution_and_transposed_solution_match_a_dense_solve(name):
+    fn, y = STATES[name]
+    b = like(y)
+    x, x_t, ok = both_ways(fn, y, b)
+    matrix = dense(jacobian_of(fn, y))
+    assert bool(ok)
+    assert jtu.tree_structure(x) == jtu.tree_structure(y)
+    np.testing.assert_allclose(flat(x), np.linalg.solve(matrix, flat(b)), rtol=EXACT)
+    expected = np.linalg.solve(matrix.T, flat(b))
+    np.testing.assert_allclose(flat(x_t), expected, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("plane", "blocks"), ("stencil", "blocks"), ("pair", "blocks"), ("pair", "klu")],
+)
+def test_both_backends_match_a_dense_solve(name, backend):
+    fn, y = STATES[name]
+    b = like(y)
+    x, x_t, ok = both_ways(fn, y, b, backend)
+    matrix = dense(jacobian_of(fn, y))
+    assert bool(ok)
+    np.testing.assert_allclose(flat(x), np.linalg.solve(matrix, flat(b)), rtol=EXACT)
+    expected = np.linalg.solve(matrix.T, flat(b))
+    np.testing.assert_allclose(flat(x_t), expected, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "plane"])
+def test_float32(name):
+    fn, y = STATES[name]
+    y = y.astype(jnp.float32)
+    b = like(y)
+    x, x_t, ok = both_ways(fn, y, b)
+    matrix = dense(jacobian_of(fn, y)).astype(np.float64)
+    assert bool(ok)
+    assert x.dtype == x_t.dtype == jnp.float32
+    expected = np.linalg.solve(matrix, flat(b)), np.linalg.solve(matrix.T, flat(b))
+    np.testing.assert_allclose(flat(x), expected[0], atol=SINGLE)
+    np.testing.assert_allclose(flat(x_t), expected[1], atol=SINGLE)
+
+
+def test_mixed_float_dtypes_are_kept():
+    def fn(y):
+        wide = y["single"].astype(jnp.float64)
+        double = diffusion(y["double"]) + 0.1 * wide
+        single = (2 * wide - 0.1 * y["double"]).astype(jnp.float32)
+        return {"single": single, "double": double}
+
+    y = {"single": vector(40).astype(jnp.float32), "double": vector(40, 1)}
+    b = like(y)
+    x, _, ok = both_ways(fn, y, b)
+    assert bool(ok)
+    assert (x["single"].dtype, x["double"].dtype) == (jnp.float32, jnp.float64)
+    residual = jtu.tree_map(lambda a, b: a - b, jacobian_of(fn, y).mv(x), b)
+    assert np.max(np.abs(flat(residual))) < SINGLE
+
+
+@pytest.mark.parametrize(
+    ("reach", "backend"), [(0, "auto"), (1, "auto"), (3, "klu"), (3, "blocks")]
+)
+def test_complex(reach, backend):
+    n = 80
+    c = jax.lax.complex(vector(n), vector(n, 1))
+
+    def mv(x):
+        far = jnp.roll(x, 3) if reach == 3 else jnp.pad(x, 1)[2 * reach :][:n]
+        return (4 + 1j) * x + (c * far if reach else 0 * x)
+
+    operator = lx.FunctionLinearOperator(mv, jax.ShapeDtypeStruct((n,), c.dtype))
+    matrix, solver = dense(operator), SparseDirect(backend)
+
+    @jax.jit
+    def solve_all(b):
+        state = solver.init(operator, {})
+        conj, _ = solver.conj(state, {})
+        adjoint, _ = solver.transpose(conj, {})
+        done = [solver.compute(s, b, {}) for s in (state, conj, adjoint)]
+        return [(x, result == lx.RESULTS.successful) for x, result, _ in done]
+
+    for (x, ok), m in zip(
+        solve_all(c), (matrix, matrix.conj(), matrix.conj().T), strict=True
+    ):
+        assert bool(ok)
+        np.testing.assert_allclose(np.asarray(x), np.linalg.solve(m, c), rtol=1e-10)
+
+
+def test_real_beside_complex_is_refused():
+    operator = jacobian_of(lambda y: y, (jnp.ones(3), jnp.ones(3, complex)))
+    with pytest.raises(ValueError, match="all real or all complex"):
+        SparseDirect().init(operator, {})
+
+
+@pytest.mark.parametrize("name", ["diffusion", "plane"])
+def test_inside_lineax_linear_solve(name):
+    fn, y = STATES[name]
+    operator, b = jacobian_of(fn, y), like(y)
+    solution = eqx.filter_jit(lx.linear_solve)(operator, b, SparseDirect())
+    expected = np.linalg.solve(dense(operator), flat(b))
+    np.testing.assert_allclose(flat(solution.value), expected, rtol=EXACT)
+    assert float(solution.stats["residual_norm"]) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("diffusion", "auto"), ("plane", "klu"), ("plane", "blocks")],
+)
+def test_batched_values_share_the_pattern(name, backend):
+    fn, y = STATES[name]
+    ys = jnp.stack([y, 0.5 * y, y[::-1]])
+    bs = jnp.stack([like(y, i) for i in range(3)])
+    x, x_t, ok = jax.vmap(lambda y, b: both_ways(fn, y, b, backend))(ys, bs)
+    assert bool(jnp.all(ok))
+    for i in range(3):
+        one = both_ways(fn, ys[i], bs[i], backend)
+        np.testing.assert_allclose(flat(x[i]), flat(one[0]), rtol=EXACT)
+        np.testing.assert_allclose(flat(x_t[i]), flat(one[1]), rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "plane"])
+def test_the_inverse_as_many_right_hand_sides_is_one_factorisation(name):
+    fn, y = STATES[name]
+    eye = jnp.eye(y.size).reshape(-1, *y.shape)
+
+    def inverse(y):
+        return jax.vmap(lambda b: solve_by_rule(jacobian_of(fn, y), b, SparseDirect()))(
+            eye
+        )
+
+    found = jax.jit(inverse)(y).reshape(y.size, y.size).T
+    expected = np.linalg.inv(dense(jacobian_of(fn, y)))
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-9, atol=EXACT)
+    text = str(jax.make_jaxpr(inverse)(y))
+    if name == "plane":  # one matrix, with all right-hand sides as its columns
+        assert f"c128[1,{y.size},{2 * y.size}]" in text
+
+
+@pytest.mark.parametrize("name", ["diffusion", "plane"])
+def test_first_and_second_derivatives_match_a_dense_solve(name):
+    fn, y = STATES[name]
+    b, w = like(y), like(y, 3)
+
+    def value(solve, t):
+        operator = jacobian_of(lambda z: fn(z) + t * z**2, y * (1 + t))
+        return jnp.sum(w * solve(operator, b + t * w) ** 2)
+
+    def reference(operator, b):
+        return jnp.linalg.solve(operator.as_matrix(), b.reshape(-1)).reshape(b.shape)
+
+    def ours(operator, b):
+        return solve_by_rule(operator, b, SparseDirect())
+
+    def derivatives(solve):
+        f = functools.partial(value, solve)
+        second = (
+            jax.grad(jax.grad(f)),
+            jax.jacfwd(jax.grad(f)),
+            jax.jacrev(jax.jacfwd(f)),
+        )
+        return jax.jit(lambda t: [d(t) for d in (jax.grad(f), jax.jacfwd(f), *second)])
+
+    for found, expected in zip(
+        derivatives(ours)(0.1), derivatives(reference)(0.1), strict=True
+    ):
+        np.testing.assert_allclose(float(found), float(expected), rtol=SECOND)
+
+
+def test_columns_or_rows_are_compressed_into_few_products():
+    solver = SparseDirect()
+    fn, y = plane, jnp.ones((30, 30))
+    init = lambda fn, y: jax.eval_shape(lambda: solver.init(jacobian_of(fn, y), {}))
+    assert init(fn, y).plan.colouring.count <= 9
+    base = lambda y: 2 * y + 0.1 * jnp.roll(y, 3)
+    row = lambda y: base(y).at[0].add(jnp.sum(y))
+    column = lambda y: base(y) + 0.1 * y[0] ** 2
+    for fn, mode in ((column, "fwd"), (row, "rev")):
+        colouring = init(fn, vector(90)).plan.colouring
+        assert colouring.count <= 5
+        assert colouring.mode == mode
+        x, _, ok = both_ways(fn, vector(90), like(vector(90)))
+        expected = np.linalg.solve(dense(jacobian_of(fn, vector(90))), like(vector(90)))
+        assert bool(ok)
+        np.testing.assert_allclose(flat(x), expected, rtol=1e-9)
+
+
+# --- Honesty -----------------------------------------------------------------------
+
+
+def neumann(y):
+    """Singular: constants are in the kernel, and the sum of the image is zero."""
+    return jnp.diff(jnp.pad((1.3 + 0.1 * y[1:]) * jnp.diff(y), 1))
+
+
+def neumann_plane(y):
+    up = jnp.diff(jnp.pad(1.7 * jnp.diff(y, axis=0), ((1, 1), (0, 0))), axis=0)
+    return up + jnp.diff(jnp.pad(0.3 * jnp.diff(y, axis=1), ((0, 0), (1, 1))), axis=1)
+
+
+def zero_row(y):
+    return (3 * y + jnp.roll(y, 2)) * jnp.where(jnp.arange(y.size) == 4, 0.0, 1.0)
+
+
+SINGULAR = {
+    "diagonal": (lambda y: y * jnp.where(jnp.arange(y.size) == 4, 0.0, 1.0), 12),
+    "neumann": (neumann, 300),
+    "neumann_plane": (neumann_plane, (12, 11)),
+    "zero_row": (zero_row, 90),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("diagonal", "auto"),
+        ("neumann", "auto"),
+        ("neumann_plane", "klu"),
+        ("neumann_plane", "blocks"),
+        ("zero_row", "klu"),
+        ("zero_row", "blocks"),
+    ],
+)
+def test_singular_systems_fail_and_never_raise(name, backend):
+    fn, shape = SINGULAR[name]
+    y = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1, shape))
+    operator = jacobian_of(fn, y)
+    consistent, inconsistent = operator.mv(like(y)), like(y)
+    for b in (consistent, inconsistent):
+        x, x_t, ok = both_ways(fn, y, b, backend)
+        assert not bool(ok)
+        assert np.all(np.isnan(x))
+        assert np.all(np.isnan(x_t))
+
+
+@pytest.mark.parametrize("backend", ["klu", "blocks"])
+def test_a_singular_lane_leaves_the_others_alone(backend):
+    def solve(a, y):
+        operator = jacobian_of(lambda y: neumann_plane(y) + a * y, y)
+        return solve_by_rule(operator, y, SparseDirect(backend))
+
+    y = vector(99).reshape(9, 11)
+    x = jax.jit(jax.vmap(solve, in_axes=(0, None)))(jnp.array([1.0, 0.0, -2.0]), y)
+    assert np.all(np.isnan(x[1]))
+    for i, a in ((0, 1.0), (2, -2.0)):
+        matrix = dense(jacobian_of(lambda y, a=a: neumann_plane(y) + a * y, y))
+        expected = np.linalg.solve(matrix, y.reshape(-1))
+        np.testing.assert_allclose(flat(x[i]), expected, rtol=1e-9)
+
+
+@EVERY
+def test_zero_right_hand_side_gives_zero(name):
+    fn, y = STATES[name]
+    x, x_t, ok = both_ways(fn, y, jtu.tree_map(jnp.zeros_like, y))
+    assert bool(ok)
+    assert not np.any(flat(x))
+    assert not np.any(flat(x_t))
+
+
+def test_nonfinite_entries_fail():
+    fn, y = STATES["diffusion"]
+    x, _, ok = both_ways(fn, y.at[3].set(jnp.nan), like(y))
+    assert not bool(ok)
+    assert np.all(np.isnan(x))
+
+
+@pytest.mark.parametrize("fn", [ring, diffusion])
+def test_badly_scaled_equations_are_not_taken_for_singular(fn):
+    units, y = 10.0 ** jnp.linspace(-9, 9, 90), vector(90)
+    x, _, ok = both_ways(lambda y: units * fn(y), y, units * y)
+    assert bool(ok)
+    expected = np.linalg.solve(dense(jacobian_of(fn, y)), y)
+    np.testing.assert_allclose(flat(x), expected, rtol=1e-9)
+
+
+def test_an_operator_that_is_not_linear_is_a_breakdown():
+    struct = jax.ShapeDtypeStruct((90,), jnp.float64)
+    operator = lx.FunctionLinearOperator(lambda x: 2 * ring(x) + x**2, struct)
+    solver = SparseDirect()
+    solve = jax.jit(lambda b: solver.compute(solver.init(operator, {}), b, {}))
+    x, result, _ = solve(vector(90))
+    assert bool(result == lx.RESULTS.breakdown)
+    assert np.all(np.isnan(x))
+
+
+def test_a_large_dense_operator_is_refused():
+    operator = jacobian_of(lambda y: y + jnp.sum(y), jnp.ones(2000))
+    with pytest.raises(ValueError, match="got a dense operator"):
+        SparseDirect().init(operator, {})
+
+
+# --- Optional dependencies ---------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch):
+    for name in ("asdex", "klujax"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(_klu, "_LOADED", {})
+    monkeypatch.setattr(_pattern, "_CACHE", {})
+    monkeypatch.setattr(_sparse_plans, "_PLANS", {})
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_bands_need_no_optional_dependency():
+    for name in ("diagonal", "diffusion", "stencil"):
+        fn, y = STATES[name]
+        b, solver, operator = like(y), SparseDirect(), jacobian_of(fn, y)
+        solve = jax.jit(lambda b: solver.compute(solver.init(operator, {}), b, {}))  # noqa: B023
+        x, result, _ = solve(b)
+        assert bool(result == lx.RESULTS.successful)
+        expected = np.linalg.solve(dense(operator), flat(b))
+        np.testing.assert_allclose(flat(x), expected, rtol=EXACT)
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_missing_dependencies_name_the_extra():
+    wide = jacobian_of(plane, jnp.ones((20, 20)))
+    with pytest.raises(ImportError, match=r"pip install eqximplicit\[sparse\]"):
+        SparseDirect().init(wide, {})
+    with pytest.raises(ImportError, match=r"pip install eqximplicit\[sparse\]"):
+        SparseDirect("klu").init(jacobian_of(*STATES["stencil"]), {})
+    unknown = jacobian_of(*STATES["scanned"])
+    assert detect_structure(unknown) is None
+    with pytest.raises(ImportError, match=r"pip install eqximplicit\[sparse\]"):
+        SparseDirect().init(unknown, {})
+
+
+def test_without_x64_and_with_the_configuration_untouched():
+    program = """
+    import jax, jax.numpy as jnp, lineax as lx, numpy as np
+    from eqximplicit.linear_solvers.sparse import SparseDirect
+    names = ("jax_enable_x64", "jax_platform_name")
+    before = [jax.config.read(n) for n in names]
+    fn = lambda y, _: 3 * y + jnp.sin(jnp.roll(y, 1)) - 0.5 * jnp.roll(y, -2) ** 2
+    y = jnp.linspace(0.1, 1.0, 90)
+    operator = lx.JacobianLinearOperator(fn, y)
+    solution = jax.jit(lambda b: lx.linear_solve(operator, b, SparseDirect("klu")))(y)
+    expected = np.linalg.solve(np.asarray(operator.as_matrix(), np.float64), y)
+    assert solution.value.dtype == jnp.float32
+    np.testing.assert_allclose(solution.value, expected, atol=2e-5)
+    assert [jax.config.read(n) for n in names] == before
+    """
+    code = textwrap.dedent(program)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
