@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._condition import AbstractCondition, hoist, Root
 from ._linear import differentiable_linear_solve, LinearRule
-from ._state import as_state, from_real, real_dtype, stop_gradient, to_real
+from ._state import as_arrays, as_state, from_real, real_dtype, stop_gradient, to_real
 from .linear_solvers import AutoLinearSolver
 
 Y = TypeVar("Y")
@@ -160,7 +160,7 @@ def implicit_solution(
     y, aux = stop_gradient((as_state(y), aux))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
-    return _attach(y, _Attachment((hoisted, args), aux, rule))
+    return _attach(y, _Attachment(as_arrays((hoisted, args)), aux, rule))
 
 
 def root_jvp(

@@ -70,9 +70,9 @@ class Run(eqx.Module):
 
 class _Carry(eqx.Module):
     y: PyTree[Array]
-    state: PyTree[Array]
-    residual: PyTree[Array] | None
-    aux: PyTree[Array]
+    state: Any
+    residual: Any
+    aux: Any
     num_steps: Int[Array, ""]
 
 

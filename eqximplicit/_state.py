@@ -172,6 +172,17 @@ def from_real(real: PyTree, like: PyTree[_Struct]) -> PyTree[Array]:
     return jtu.tree_map(leaf_from_real, like)
 
 
+def as_arrays(tree: T) -> T:
+    """`tree`, its inexact arrays with the weak type of Python numbers taken off.
+
+    The value of `jax.grad(f)(2.0)` is a Python float inside the tracer, and a custom
+    rule would be handed that float.
+    """
+    return jtu.tree_map(
+        lambda x: jnp.asarray(x, x.dtype) if eqx.is_inexact_array(x) else x, tree
+    )
+
+
 def stop_gradient(tree: T) -> T:
     """`tree` with no derivative through any of its arrays."""
     diff, rest = eqx.partition(tree, eqx.is_inexact_array)
