@@ -1,0 +1,182 @@
+"""The default: a linear solver chosen at trace time from size, dtype and tags."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import lineax as lx
+from jaxtyping import Array, PyTree
+
+from ._residual import Answer, epsilon, size, structure
+from .checked import Checked
+from .dense import DirectLU, DirectSymmetric, MAX_BYTES
+from .krylov import default_rtol, HybridKrylov
+
+# Measured on two cores (`benchmarks/linear_solvers.py`), one right-hand side, products
+# with a dense matrix, 23 of them for Picard at a contraction of 0.5 to 1e-7:
+#     n      materialise + LU + solve   Picard      materialise + Cholesky + solve
+#     10     20 us                      20 us       20 us
+#     50     120 us                     60 us       90 us
+#     100    300 us                     90 us       210 us
+#     200    1100 us                    110 us      730 us
+#     1000   40000 us                   1400 us     29000 us
+DENSE_SIZE = 32
+# Up to here the matrix is small (32 MiB in float64) and a factorisation takes less than
+# a second: worth having as the fallback, and for many right-hand sides at once.
+FALLBACK_SIZE = 2048
+
+
+class Selection(NamedTuple):
+    """A linear solver, and a sentence that says why it was chosen."""
+
+    solver: lx.AbstractLinearSolver[Any]
+    reason: str
+
+
+class AutoState(eqx.Module):
+    """The state of the solver that was chosen."""
+
+    solver: lx.AbstractLinearSolver[Any]
+    inner: Any
+
+
+class AutoLinearSolver(lx.AbstractLinearSolver[AutoState]):
+    r"""The right linear solver for an operator's size, dtype and tags.
+
+    | operator | solver |
+    |---|---|
+    | tagged diagonal, tridiagonal, triangular | lineax's, with the residual measured |
+    | symmetric, `n <= dense_size` | Cholesky; where singular, the pseudo-inverse |
+    | other, `n <= dense_size` | LU; closed form for `n <= 3` |
+    | symmetric, larger | conjugate gradients |
+    | other, larger | Picard iteration |
+    | the last two, where that fails | `n <= fallback_size`: the direct solver; |
+    | | larger: generalised conjugate residuals (GMRES) |
+
+    Under `vmap` of many right-hand sides over one operator of up to `fallback_size`
+    unknowns (the columns of a Jacobian) the direct solver factorises once. A symmetric
+    operator may be singular (flat directions of a minimum): a consistent system has its
+    minimum-norm solution. Any other singular matrix is a failure; so is each solve
+    whose measured residual is too large. A matrix-free solve cannot see that a
+    non-symmetric operator is singular if the right-hand side is consistent.
+
+    **Arguments:**
+
+    - `rtol`: relative residual of a matrix-free solve; tied to the dtype if `None`.
+        See [`eqximplicit.HybridKrylov`][].
+    - `rcond`: eigenvalues of a symmetric matrix below this part of the largest count as
+        zero; see [`eqximplicit.DirectSymmetric`][].
+    - `max_steps`: the largest number of products in each phase of a matrix-free solve.
+    - `dense_size`: the largest number of unknowns solved directly at once.
+    - `fallback_size`: the largest number of unknowns solved directly at all.
+    - `max_bytes`: the largest matrix that is materialised, in bytes per lane.
+
+    **Options:** those of the chosen solver.
+    """
+
+    rtol: float | None = None
+    rcond: float | None = None
+    max_steps: int = eqx.field(default=1000, static=True)
+    dense_size: int = eqx.field(default=DENSE_SIZE, static=True)
+    fallback_size: int = eqx.field(default=FALLBACK_SIZE, static=True)
+    max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
+
+    def select(self, operator: lx.AbstractLinearOperator) -> Selection:
+        """Returns the solver for `operator`, and why; decided without any product.
+
+        **Raises:** `ValueError` if the operator is not square or not of one real dtype,
+        and, with the number of bytes, if a matrix would exceed `max_bytes`.
+        """
+        n = size(structure(operator))
+        tagged = self._by_structure(operator)
+        if tagged is not None:
+            return tagged
+        symmetric = lx.is_symmetric(operator)
+        direct = self._direct(symmetric)
+        kind = "symmetric" if symmetric else "not tagged symmetric"
+        if n <= self.dense_size:
+            what = _direct_words(symmetric, n)
+            return Selection(
+                direct, f"{kind}, {n} unknowns (at most {self.dense_size}): {what}"
+            )
+        small = n <= self.fallback_size
+        solver = HybridKrylov(
+            rtol=self.rtol,
+            max_steps=self.max_steps,
+            fallback=direct if small else None,
+        )
+        return Selection(solver, self._krylov_words(operator, kind, n, small))
+
+    def _by_structure(self, operator: lx.AbstractLinearOperator) -> Selection | None:
+        if lx.is_diagonal(operator):
+            return Selection(
+                Checked(lx.Diagonal(well_posed=True)), "tagged diagonal: division"
+            )
+        if lx.is_tridiagonal(operator):
+            return Selection(
+                Checked(lx.Tridiagonal(), probe=True),
+                "tagged tridiagonal: elimination without fill-in, O(n)",
+            )
+        if lx.is_lower_triangular(operator) or lx.is_upper_triangular(operator):
+            return Selection(
+                Checked(lx.Triangular(), max_bytes=self.max_bytes),
+                "tagged triangular: substitution",
+            )
+        return None
+
+    def _direct(self, symmetric: bool) -> lx.AbstractLinearSolver[Any]:
+        if symmetric:
+            return DirectSymmetric(rcond=self.rcond, max_bytes=self.max_bytes)
+        return DirectLU(max_bytes=self.max_bytes)
+
+    def _krylov_words(
+        self, operator: lx.AbstractLinearOperator, kind: str, n: int, small: bool
+    ) -> str:
+        symmetric = lx.is_symmetric(operator)
+        eps = epsilon(operator.in_structure())
+        rtol = default_rtol(eps) if self.rtol is None else self.rtol
+        quick = "conjugate gradients" if symmetric else "Picard iteration"
+        direct = "Cholesky or pseudo-inverse" if symmetric else "LU"
+        slow = direct if small else "generalised conjugate residuals"
+        return (
+            f"{kind}, {n} unknowns (more than {self.dense_size}): matrix-free, {quick} "
+            f"to a relative residual of {rtol:.1e}, then {slow} where that stagnates"
+        )
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> AutoState:
+        """Returns the state of the chosen solver."""
+        solver = self.select(operator).solver
+        return AutoState(solver, solver.init(operator, options))
+
+    def compute(
+        self, state: AutoState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> Answer:
+        """Returns the solution, its result, and at least its `residual_norm`."""
+        return state.solver.compute(state.inner, vector, options)
+
+    def transpose(
+        self, state: AutoState, options: dict[str, Any]
+    ) -> tuple[AutoState, dict[str, Any]]:
+        """Returns the state of the transposed operator."""
+        inner, options = state.solver.transpose(state.inner, options)
+        return AutoState(state.solver, inner), options
+
+    def conj(
+        self, state: AutoState, options: dict[str, Any]
+    ) -> tuple[AutoState, dict[str, Any]]:
+        """Returns the state of the conjugate operator, which is real: the same."""
+        return state, options
+
+    def assume_full_rank(self) -> bool:
+        """Whether a singular operator is a failure: not if symmetric and consistent."""
+        return False
+
+
+def _direct_words(symmetric: bool, n: int) -> str:
+    if n <= 3:
+        inverse = "inverse in closed form"
+        return f"{inverse}, pseudo-inverse where singular" if symmetric else inverse
+    if symmetric:
+        return "Cholesky, pseudo-inverse where singular (flat directions)"
+    return "LU factorisation"

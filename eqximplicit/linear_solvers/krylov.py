@@ -1,0 +1,262 @@
+"""A matrix-free solve that starts with the cheapest iteration, and has a second."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._iterations import (
+    conjugate_gradient,
+    conjugate_residual,
+    Iterate,
+    picard,
+    start,
+    System,
+)
+from ._residual import (
+    Answer,
+    any_lane,
+    epsilon,
+    measured,
+    norm,
+    require_like,
+    scale,
+    size,
+    structure,
+    transposed_options,
+    where,
+)
+from .dense import consistency_limit
+
+# From this many right-hand sides per unknown on, factorising once is the cheaper way.
+MANY = 1 / 8
+# XLA sets memory aside for a fallback even where it is not taken: at most this much for
+# all lanes of a `vmap` over operators.
+FALLBACK_BYTES = 2**28
+
+
+def default_rtol(eps: float) -> float:
+    """The relative residual at which a matrix-free solve stops by default."""
+    return max(1e-10, 16 * eps)
+
+
+class KrylovState(eqx.Module):
+    """A linearised operator; `sign` is -1 for one tagged negative."""
+
+    operator: lx.AbstractLinearOperator
+    sign: int = eqx.field(static=True)
+    symmetric: bool = eqx.field(static=True)
+
+
+class _Outcome(eqx.Module):
+    x: PyTree[Array]
+    residual_norm: Float[Array, ""]
+    steps: Int[Array, ""]
+    direct: Bool[Array, ""]  # whether the direct solver answered,
+    failed: Bool[Array, ""]  # and could not
+
+
+class HybridKrylov(lx.AbstractLinearSolver[KrylovState]):
+    r"""Picard or conjugate gradients as long as they work, then something that does.
+
+    An operator with a symmetric tag starts with conjugate gradients; any other with
+    the Picard iteration $x \leftarrow x + (b - Ax)$, which is the adjoint's own fixed
+    point iteration and needs one product and no inner product with a stored vector per
+    step. Where that does not contract (or the curvature is not positive), the solve
+    continues from its last iterate: with `fallback`, a direct solver, if there is one,
+    and with restarted generalised conjugate residuals (GMRES) otherwise. Robust in
+    float32: the residual that decides is that of the answer, not of a recurrence.
+
+    A consistent singular symmetric system yields the minimum-norm solution.
+
+    **Arguments:**
+
+    - `rtol`, `atol`: stops at `‖b - A x‖₂ <= rtol ‖b‖₂ + atol`. With `rtol=None`, stops
+        at 1e-10 (float64) or 2e-6 (float32) and accepts $\sqrt\epsilon$, for a
+        system too ill-conditioned for more; a given `rtol` must be reached within a
+        factor of two.
+    - `max_steps`: the largest number of products in each of the two phases.
+    - `restart`: how many pairs of vectors the second phase keeps.
+    - `fallback`: a direct solver for the second phase. It is also used instead of both
+        under `vmap` of many right-hand sides over one operator, where it factorises
+        once (the columns of a Jacobian).
+
+    **Options:**
+
+    - `preconditioner`: an approximate inverse, a lineax operator.
+    - `y0`: where to start; `y0_transpose` in the transposed system.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int = eqx.field(default=1000, static=True)
+    restart: int = eqx.field(default=20, static=True)
+    fallback: lx.AbstractLinearSolver[Any] | None = None
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> KrylovState:
+        """Returns the linearised operator."""
+        del options
+        structure(operator)
+        negative = lx.is_negative_semidefinite(operator)
+        return KrylovState(
+            lx.linearise(operator), -1 if negative else 1, lx.is_symmetric(operator)
+        )
+
+    def compute(
+        self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> Answer:
+        """Returns the solution, its result, its `residual_norm` and `num_steps`."""
+        for key in ("preconditioner", "y0"):
+            require_like(options.get(key), vector, key)
+        if self.fallback is None or options:
+            outcome = self._solve(state, vector, options)
+        else:
+            outcome = self._solve_lane_or_columns(state, vector)
+        eps = epsilon(vector)
+        accepted = consistency_limit(eps) if self.rtol is None else 2 * self.rtol
+        x, result, stats = measured(
+            outcome.x,
+            vector,
+            outcome.residual_norm,
+            rtol=accepted,
+            atol=2 * self.atol,
+            failure=lx.RESULTS.stagnation,
+            num_steps=outcome.steps,
+        )
+        by_direct = lx.RESULTS.where(
+            outcome.failed, lx.RESULTS.singular, lx.RESULTS.successful
+        )
+        return x, lx.RESULTS.where(outcome.direct, by_direct, result), stats
+
+    def transpose(
+        self, state: KrylovState, options: dict[str, Any]
+    ) -> tuple[KrylovState, dict[str, Any]]:
+        """Returns the state of the transposed operator, and its options."""
+        transposed = state.operator if state.symmetric else state.operator.transpose()
+        return KrylovState(transposed, state.sign, state.symmetric), transposed_options(
+            options
+        )
+
+    def conj(
+        self, state: KrylovState, options: dict[str, Any]
+    ) -> tuple[KrylovState, dict[str, Any]]:
+        """Returns the same state: operators are real."""
+        return state, options
+
+    def assume_full_rank(self) -> bool:
+        """Whether a singular operator is a failure: not if symmetric and consistent."""
+        return True
+
+    def _system(
+        self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> System:
+        rtol = default_rtol(epsilon(vector)) if self.rtol is None else self.rtol
+        preconditioner = options.get("preconditioner")
+        sign, operator = state.sign, state.operator
+        return System(
+            mv=operator.mv if sign == 1 else lambda v: scale(-1, operator.mv(v)),
+            precondition=_precondition(preconditioner, sign),
+            b=vector if sign == 1 else scale(-1, vector),
+            tol=rtol * norm(vector) + self.atol,
+            max_steps=self.max_steps,
+        )
+
+    def _solve(
+        self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> _Outcome:
+        system = self._system(state, vector, options)
+        quick = conjugate_gradient if state.symmetric else picard
+        it = quick(system, start(system, options.get("y0")))
+        no = jnp.asarray(False)
+        need = ~system.solved(it.rr) & jnp.isfinite(norm(vector))
+        first = _Outcome(it.x, jnp.sqrt(it.rr), it.steps, no, no)
+        if self.fallback is None:
+            return jax.lax.cond(
+                any_lane(need), lambda: self._continue(system, it), lambda: first
+            )
+        fallback = self.fallback
+
+        def directly() -> _Outcome:
+            factors = fallback.init(state.operator, {})
+            answer = _direct(fallback, factors, vector, options, it.steps)
+            return where(need, answer, first)
+
+        return jax.lax.cond(any_lane(need), directly, lambda: first)
+
+    def _continue(self, system: System, it: Iterate) -> _Outcome:
+        system = dataclasses.replace(system, max_steps=2 * self.max_steps)
+        restart = min(self.restart, size(system.b))
+        it, no = conjugate_residual(system, it, restart), jnp.asarray(False)
+        return _Outcome(it.x, jnp.sqrt(it.rr), it.steps, no, no)
+
+    def _solve_lane_or_columns(
+        self, state: KrylovState, vector: PyTree[Array]
+    ) -> _Outcome:
+        """`_solve`, with a rule for `vmap` that knows how many columns there are."""
+        arrays, static = eqx.partition(state, eqx.is_array)
+        fallback = self.fallback
+        assert fallback is not None
+        n, itemsize = size(vector), jtu.tree_leaves(vector)[0].dtype.itemsize
+        many, light = max(2, int(MANY * n)), dataclasses.replace(self, fallback=None)
+
+        def one(arrays: Any, vector: PyTree[Array]) -> _Outcome:
+            return self._solve(eqx.combine(arrays, static), vector, {})
+
+        def one_light(arrays: Any, vector: PyTree[Array]) -> _Outcome:
+            return light._solve(eqx.combine(arrays, static), vector, {})
+
+        solve = custom_vmap(one)
+
+        @solve.def_vmap  # pyright: ignore[reportUntypedFunctionDecorator]
+        def _(  # pyright: ignore[reportUnusedFunction]
+            lanes: int, batched: list[Any], arrays: Any, vector: Any
+        ) -> tuple[_Outcome, Any]:
+            axes = jtu.tree_map(lambda b: 0 if b else None, batched)
+            shared = not any(jtu.tree_leaves(batched[0]))
+            if shared and lanes >= many:
+                state: KrylovState = eqx.combine(arrays, static)
+                out = _columns(fallback, state.operator, vector, axes[1])
+            elif shared or lanes * n * n * itemsize <= FALLBACK_BYTES:
+                out = jax.vmap(one, tuple(axes))(arrays, vector)
+            else:
+                out = jax.vmap(one_light, tuple(axes))(arrays, vector)
+            return out, jtu.tree_map(lambda _: True, out)
+
+        return solve(arrays, vector)
+
+
+def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -> Any:
+    if preconditioner is None:
+        return lambda r: r  # pyright: ignore[reportUnknownLambdaType]
+    return lambda r: scale(sign, preconditioner.mv(r))  # pyright: ignore[reportUnknownLambdaType]
+
+
+def _direct(
+    solver: lx.AbstractLinearSolver[Any],
+    factors: Any,
+    vector: PyTree[Array],
+    options: dict[str, Any],
+    steps: Int[Array, ""],
+) -> _Outcome:
+    x, result, stats = solver.compute(factors, vector, options)
+    yes = jnp.asarray(True)
+    failed = result != lx.RESULTS.successful
+    return _Outcome(x, stats["residual_norm"], steps, yes, failed)
+
+
+def _columns(
+    solver: lx.AbstractLinearSolver[Any],
+    operator: lx.AbstractLinearOperator,
+    vector: PyTree[Array],
+    axes: Any,
+) -> _Outcome:
+    factors, none = solver.init(operator, {}), jnp.asarray(0)
+    return jax.vmap(lambda b: _direct(solver, factors, b, {}, none), (axes,))(vector)
