@@ -158,14 +158,10 @@ class Normal(eqx.Module):
     filled: Bool[Array, " window"]
     floor: float = eqx.field(static=True)
 
-    def solve(
-        self, penalty: Float[Array, " window"], b: Float[Array, " window"]
-    ) -> Float[Array, " window"]:
-        """Returns the solution of `(gram + diag(penalty) + floor I) x = b`."""
+    def factor(self, penalty: Float[Array, " window"]) -> Float[Array, "window window"]:
+        """Returns the Cholesky factor of `gram + diag(penalty) + floor I`."""
         ridge = jnp.where(self.filled, penalty + self.floor, 1.0)
-        factor = jnp.linalg.cholesky(self.gram + jnp.diag(ridge))
-        x = jax.scipy.linalg.cho_solve((factor, True), b)
-        return jnp.where(self.filled, x, 0)
+        return jnp.linalg.cholesky(self.gram + jnp.diag(ridge))
 
 
 def normal_equations(history: History[Any], eps: float) -> Normal:
@@ -202,8 +198,11 @@ def fit(
         return vs.minus(r, combine(x / normal.lengths, history.dr))
 
     def slope(rest: Y) -> Float[Array, " window"]:
-        return dots(history.dr, rest, dtype) / normal.lengths
+        b = dots(history.dr, rest, dtype) / normal.lengths
+        return jnp.where(normal.filled, b, 0)
 
-    x = normal.solve(penalty, slope(r))
-    x = x + normal.solve(penalty, slope(remainder(x)) - penalty * x)
+    factor = (normal.factor(penalty), True)
+    x = jax.scipy.linalg.cho_solve(factor, slope(r))
+    rest = slope(remainder(x)) - penalty * x
+    x = x + jax.scipy.linalg.cho_solve(factor, rest)
     return x / normal.lengths, remainder(x)

@@ -17,6 +17,7 @@ from . import _vector_space as vs
 Y = TypeVar("Y")
 AT_ROUNDING = 4.0  # a residual this many roundings of `y` large cannot be improved
 NEAR_ROUNDING = 1e3  # one this large may be rounding, if nothing improves it
+FADE = 0.5  # per step, of the error per residual that an older secant has shown
 
 
 def check_tolerances(name: str, rtol: Any, atol: Any) -> None:
@@ -91,15 +92,17 @@ class Best(eqx.Module, Generic[Y]):
         return (self.residual < 1) & (self.floor <= NEAR_ROUNDING)
 
 
-def point_at(y: Y, image: Y) -> tuple[Point[Y], Bool[Array, ""]]:
-    """Returns `y` with the residual `image - y`, made zero if that is not finite."""
-    residual = vs.minus(image, y)
-    dtype = vs.real_dtype(y)
-    finite = vs.all_finite(residual)
-    merit = jax.lax.stop_gradient(vs.length(residual, dtype))
-    finite = finite & jnp.isfinite(merit)
+def point_with(y: Y, residual: Y) -> tuple[Point[Y], Bool[Array, ""]]:
+    """Returns `y` with its residual, made zero if that is not finite."""
+    merit = jax.lax.stop_gradient(vs.length(residual, vs.real_dtype(y)))
+    finite = vs.all_finite(residual) & jnp.isfinite(merit)
     residual = vs.select(finite, residual, vs.zeros_like(y))
     return Point(y, residual, jnp.where(finite, merit, jnp.inf)), finite
+
+
+def point_at(y: Y, image: Y) -> tuple[Point[Y], Bool[Array, ""]]:
+    """Returns `y` with the residual `image - y` of a fixed-point map."""
+    return point_with(y, vs.minus(image, y))
 
 
 class Tolerance(eqx.Module):
@@ -139,7 +142,7 @@ class Tolerance(eqx.Module):
         residual = self.measure(point.residual, point.y)
         finite = jnp.isfinite(point.merit)
         residual = jnp.where(finite, residual, jnp.inf)
-        error = jnp.where(residual > 0, residual * amplification, residual)
+        error = jnp.where(residual > 0, residual * amplification, 0)
         floor = jnp.where(finite, in_roundings(point.residual, point.y), jnp.inf)
         return Best(point, aux, residual, error, floor)
 
@@ -159,6 +162,25 @@ def in_roundings(residual: Any, y: Any) -> Float[Array, ""]:
 
     leaves: list[Array] = jtu.tree_leaves(jtu.tree_map(leaf, residual, y))
     return jnp.max(jnp.stack(leaves))
+
+
+def nothing(y: Y, aux_struct: Any) -> Best[Y]:
+    """Returns the best of no points: `y`, infinitely bad."""
+    infinite = jnp.asarray(jnp.inf, vs.real_dtype(y))
+    point = Point(y, vs.zeros_like(y), infinite)
+    return Best(point, vs.zeros_like(aux_struct), infinite, infinite, infinite)
+
+
+def sharpened(
+    tolerance: Tolerance, best: Best[Y], anchor: Point[Y], step: Y, when: Array
+) -> Best[Y]:
+    """Returns the best point, with its error at least as large as the `step` from it.
+
+    A full quasi-Newton step from a point is an estimate of that point's error.
+    """
+    here = when & (anchor.merit <= best.point.merit)
+    error = jnp.maximum(best.error, tolerance.measure(step, anchor.y))
+    return eqx.tree_at(lambda b: b.error, best, jnp.where(here, error, best.error))
 
 
 def better(new: Best[Y], old: Best[Y], when: Bool[Array, ""]) -> Best[Y]:

@@ -53,12 +53,14 @@ class _Control(eqx.Module):
     """The numbers that steer the solve.
 
     `mixing`, `size` and `curvature` (relative model error per distance) shape the
-    steps; `reference` is the merit that a trial is compared with; the rest counts.
+    steps; `amplification` is the error per residual; `reference` is the merit that a
+    trial is compared with; the rest counts.
     """
 
     mixing: Float[Array, ""]
     size: Float[Array, ""]
     curvature: Float[Array, ""]
+    amplification: Float[Array, ""]
     reference: Float[Array, ""]
     num_stalled: Int[Array, ""]
     num_rejected: Int[Array, ""]
@@ -102,12 +104,14 @@ def _flag(value: bool) -> Bool[Array, ""]:
 
 
 class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
-    r"""The default fixed-point solver: a safeguarded combination, one evaluation a step.
+    r"""The default fixed-point solver: a safeguarded combination of three methods.
+
+    A step is one evaluation of `fn`.
 
     1. *Anderson acceleration* over the last `window` secant pairs. Each pair is
        believed as far as the last prediction of the residual was right at the distance
        of that pair, so old pairs of a curved map fade instead of misleading. The mixing
-       is the inverse slope along the last step (Barzilai and Borwein), at most 1.
+       is the inverse slope of the last pair, $|\Delta y| / |\Delta r|$, at most 1.
     2. A trial point that is not finite, or whose residual is ten times the best, is
        *rejected*: first the mixed step alone is tried, then shorter Anderson steps.
     3. Eight steps without progress bring a *rescue*: first plain iteration from `y0`,
@@ -118,10 +122,10 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
     The point of the smallest residual is returned. It is a success if its residual, and
     its estimated distance from the solution, are within `atol + rtol |y|`: for a plain
     iteration of rate $\rho$ the latter is the residual over $1 - \rho$, so that a slow
-    contraction does not stop early. A residual within tolerance that is down to rounding
-    is a success as well. Otherwise `stats["result"]` says why not: the tolerance is out
-    of reach, the residual has a local minimum, `fn` is not finite at `y0`, or
-    `max_steps`, the number of evaluations allowed.
+    contraction does not stop early. A residual within tolerance that is down to
+    rounding is a success as well. Otherwise `stats["result"]` says why not: the
+    tolerance is out of reach, the residual has a local minimum, `fn` is not finite at
+    `y0`, or `max_steps`, the number of evaluations allowed.
 
     Leaves may differ in dtype; complex leaves count as vectors over the reals. `fn` is
     never differentiated. The steps are differentiable
@@ -135,8 +139,8 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     **Raises:**
 
-    - `ValueError`: a negative tolerance, or a window below 1, or above `max_steps` where
-        `options={"max_steps": ...}` says how many steps there will be.
+    - `ValueError`: a negative tolerance, or a window below 1, or above `max_steps`
+        where `options={"max_steps": ...}` says how many steps there will be.
 
     !!! example
 
@@ -149,10 +153,11 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
         D. G. Anderson, *Iterative procedures for nonlinear integral equations*, J. ACM
         12 (1965). H. Walker and P. Ni, *Anderson acceleration for fixed-point
-        iterations*, SIAM J. Numer. Anal. 49 (2011). J. Zhang, B. O'Donoghue and S. Boyd,
-        *Globally convergent type-I Anderson acceleration for nonsmooth fixed-point
-        iterations*, SIAM J. Optim. 30 (2020): safeguarding by plain steps. D. Knoll and
-        D. Keyes, *Jacobian-free Newton-Krylov methods*, J. Comput. Phys. 193 (2004).
+        iterations*, SIAM J. Numer. Anal. 49 (2011). J. Zhang, B. O'Donoghue and S.
+        Boyd, *Globally convergent type-I Anderson acceleration for nonsmooth
+        fixed-point iterations*, SIAM J. Optim. 30 (2020): safeguarding by
+        plain steps. D. Knoll and D. Keyes, *Jacobian-free Newton-Krylov methods*, J.
+        Comput. Phys. 193 (2004).
     """
 
     rtol: float
@@ -181,15 +186,11 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
             "AutoFixedPoint", self.rtol, self.atol, vs.resolution(y)
         )
         history = hist.empty(y, self.window)
-        dtype = vs.real_dtype(y)
-        nowhere = verdict.Point(y, vs.zeros_like(y), jnp.asarray(jnp.inf, dtype))
-        infinite = jnp.asarray(jnp.inf, dtype)
+        best, dtype = verdict.nothing(y, aux_struct), vs.real_dtype(y)
         return _State(
-            anchor=nowhere,
-            start=nowhere,
-            best=verdict.Best(
-                nowhere, vs.zeros_like(aux_struct), infinite, infinite, infinite
-            ),
+            anchor=best.point,
+            start=best.point,
+            best=best,
             history=history,
             trial=_Trial(
                 jnp.asarray(int(Kind.START), jnp.int32),
@@ -218,8 +219,8 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         state = _learn(state, seen)
         state = _move(self._tolerance, state, seen)
         state = _rescue(state)
-        y, state = _propose(state)
-        return y, state, aux
+        y, step, state = _propose(state)
+        return y, _finish(self._tolerance, state, step), aux
 
     def terminate(
         self,
@@ -264,6 +265,7 @@ def _fresh_control(dtype: jnp.dtype) -> _Control:
         mixing=one,
         size=one,
         curvature=jnp.zeros((), dtype),
+        amplification=one,
         reference=infinite,
         num_stalled=none,
         num_rejected=none,
@@ -299,9 +301,9 @@ def _learn(state: _State[Y], seen: _Evaluation[Y]) -> _State[Y]:
     probe, start = _is(trial, Kind.PROBE), _is(trial, Kind.START)
 
     stop = jax.lax.stop_gradient
-    change = stop(vs.dot(seen.dr, seen.dr, dtype))
-    slope = jnp.abs(stop(vs.dot(seen.dy, seen.dr, dtype)))
-    mixing = jnp.clip(slope / jnp.where(change > 0, change, 1), MIN_MIXING, 1)
+    change = stop(vs.length(seen.dr, dtype))
+    mixing = seen.distance / jnp.where(change > 0, change, 1)
+    mixing = jnp.clip(mixing, MIN_MIXING, 1)
     informative = seen.finite & ~probe & ~start & (change > 0)
     mixing = jnp.where(informative, mixing, control.mixing)
 
@@ -313,8 +315,9 @@ def _learn(state: _State[Y], seen: _Evaluation[Y]) -> _State[Y]:
     missed = stop(hist.dots(history.dr, seen.dr, dtype)) / normal.lengths
     missed = jnp.where(normal.filled, missed, 0)
     missed = missed + trial.size * (stop(normal.gram) @ gamma)
-    solved = stop(normal.solve(jnp.zeros_like(gamma), missed))
-    error = jnp.sqrt(jnp.maximum(missed @ solved, 0))
+    factor = stop(normal.factor(jnp.zeros_like(gamma)))
+    solved = jax.scipy.linalg.solve_triangular(factor, missed, lower=True)
+    error = jnp.sqrt(solved @ solved)
     reach = trial.size * trial.reach
     curvature = error / jnp.where(reach > 0, reach, 1)
     curvature = jnp.maximum(control.curvature / 2, curvature)
@@ -341,6 +344,7 @@ def _move(
     rejected = ~accepted & ~probe
 
     amplification = tolerance.amplification(seen.dy, seen.dr, seen.point.y)
+    amplification = jnp.maximum(amplification, verdict.FADE * control.amplification)
     amplification = jnp.where(start, jnp.inf, amplification)
     new = tolerance.judge(seen.point, seen.aux, amplification)
     best = verdict.better(new, state.best, accepted)
@@ -362,6 +366,7 @@ def _move(
         lambda c: (
             c.mixing,
             c.size,
+            c.amplification,
             c.reference,
             c.num_stalled,
             c.num_rejected,
@@ -372,6 +377,7 @@ def _move(
         (
             mixing.astype(size.dtype),
             size,
+            jnp.where(accepted & ~start, amplification, control.amplification),
             jnp.where(accepted, reference, control.reference),
             jnp.where(probe, control.num_stalled, stalled),
             jnp.where(rejected, control.num_rejected + 1, 0),
@@ -385,14 +391,14 @@ def _move(
     return eqx.tree_at(
         lambda s: (s.anchor, s.start, s.best, s.control, s.done, s.result),
         state,
-        (anchor, first, best, control, best.converged | (start & ~seen.finite), result),
+        (anchor, first, best, control, start & ~seen.finite, result),
     )
 
 
 def _rescue(state: _State[Y]) -> _State[Y]:
     """A new beginning where the solve has stalled, or the end where none is left."""
     control, best = state.control, state.best
-    now = (control.num_stalled >= PATIENCE) & ~state.done
+    now = (control.num_stalled >= PATIENCE) & ~state.done & ~best.converged
     plain = now & (control.num_rescues == 0)
     krylov = now & ~plain
     halved = best.point.merit < control.merit_at_rescue / 2
@@ -405,6 +411,7 @@ def _rescue(state: _State[Y]) -> _State[Y]:
         mixing=jnp.where(plain, one, control.mixing),
         size=one,
         curvature=0 * one,
+        amplification=control.amplification,
         reference=merit,
         num_stalled=none,
         num_rejected=none,
@@ -430,8 +437,17 @@ def _rescue(state: _State[Y]) -> _State[Y]:
     )
 
 
-def _propose(state: _State[Y]) -> tuple[Y, _State[Y]]:
-    """The next trial point."""
+def _finish(tolerance: verdict.Tolerance, state: _State[Y], step: Y) -> _State[Y]:
+    """The end, if the best point is good enough."""
+    mixed = _is(state.trial, Kind.MIXED)
+    best = verdict.sharpened(tolerance, state.best, state.anchor, step, mixed)
+    return eqx.tree_at(
+        lambda s: (s.best, s.done), state, (best, state.done | best.converged)
+    )
+
+
+def _propose(state: _State[Y]) -> tuple[Y, Y, _State[Y]]:
+    """The next trial point, and Anderson's full step at the anchor."""
     state, probe, length = _next_probe(state)
     control, anchor, history = state.control, state.anchor, state.history
     dtype = control.size.dtype
@@ -463,7 +479,7 @@ def _propose(state: _State[Y]) -> tuple[Y, _State[Y]]:
     step = vs.select(control.probing, vs.scaled(length, probe), step)
     y = vs.add_scaled(anchor.y, jnp.ones((), dtype), step)
     y = vs.select(vs.all_finite(y), y, anchor.y)
-    return y, eqx.tree_at(lambda s: s.trial, state, trial)
+    return y, mixed, eqx.tree_at(lambda s: s.trial, state, trial)
 
 
 def _next_probe(state: _State[Y]) -> tuple[_State[Y], Y, Float[Array, ""]]:

@@ -1,0 +1,360 @@
+"""Broyden's good and bad methods with limited memory and a line search."""
+
+import enum
+from collections.abc import Callable
+from typing import Any, Generic, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from .._solution import Aux, RESULTS, Y
+from . import _history as hist, _vector_space as vs, _verdict as verdict
+
+DECREASE = 1e-4  # of the residual, per step length, that the line search asks for
+MAX_SHORTER = 8  # rejected trial points before the memory is given up
+MAX_BARREN = 3  # new memories in a row without an accepted step
+STALE = 20  # steps without a better point before rounding is suspected
+
+
+class Kind(enum.IntEnum):
+    """What a trial point is."""
+
+    START = 0
+    PROBE = 1  # a finite difference along the residual: the scale of the Jacobian
+    SEARCH = 2  # on the line along the quasi-Newton step
+
+
+class _Inverse(eqx.Module, Generic[Y]):
+    r"""The inverse Jacobian $H = h I + \sum_i u_i v_i^T$.
+
+    `u`, `v` are stacks with a leading axis of length `window` on every leaf, of which
+    the first `count` are used.
+    """
+
+    scale: Float[Array, ""]
+    u: Y
+    v: Y
+    count: Int[Array, ""]
+
+    def mv(self, x: Y) -> Y:
+        """Returns `H x`."""
+        return self._apply(self.u, self.v, x)
+
+    def transposed(self, x: Y) -> Y:
+        """Returns `H^T x`."""
+        return self._apply(self.v, self.u, x)
+
+    def _apply(self, left: Y, right: Y, x: Y) -> Y:
+        weights = hist.dots(right, x, self.scale.dtype)
+        used = jnp.arange(weights.size, dtype=self.count.dtype) < self.count
+        update = hist.combine(jnp.where(used, weights, 0), left)
+        return vs.add_scaled(update, self.scale, x)
+
+
+class _State(eqx.Module, Generic[Y]):
+    """The last accepted point, the best one, and the step under trial."""
+
+    anchor: verdict.Point[Y]
+    best: verdict.Best[Y]
+    inverse: _Inverse[Y]
+    step: Y
+    kind: Int[Array, ""]
+    size: Float[Array, ""]
+    num_accepted: Int[Array, ""]
+    num_shorter: Int[Array, ""]
+    num_barren: Int[Array, ""]
+    num_stale: Int[Array, ""]
+    done: Bool[Array, ""]
+    result: RESULTS
+
+
+class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
+    r"""A quasi-Newton root finder that never sees a Jacobian, one evaluation a step.
+
+    The inverse Jacobian is $H = h I + \sum_i u_i v_i^T$, where $h$, of either sign, is
+    found by one finite difference along the first residual. After a step $s$ that
+    changed the residual by $z$ it becomes
+
+    $$H + \frac{(s - H z)\, v^T}{v^T z}, \qquad
+    v = H^T s \text{ ("good")} \quad\text{or}\quad v = z \text{ ("bad")}.$$
+
+    The line search accepts $\|f(y + t s)\| \le (1 + \eta_k - 10^{-4} t) \|f(y)\|$ with a
+    summable $\eta_k$ (Li and Fukushima 2000), and takes $t$ from a parabola otherwise.
+    A full memory, and a line search without success, begin anew. A trial point that is
+    not finite is rejected.
+
+    The point of the smallest residual is returned. It is a success if `norm(f) < atol`
+    there and the full quasi-Newton step from it is within `atol + rtol |y|`.
+
+    In `optimistix.fixed_point` it finds the root of `fn(y) - y`. `fn` must return the
+    structure, shapes and dtypes of `y`. Complex leaves count as vectors over the reals.
+    The steps are differentiable (`optimistix.RecursiveCheckpointAdjoint`).
+
+    **Arguments:**
+
+    - `rtol`, `atol`: relative and absolute tolerance of the error of the solution;
+        `atol` also bounds the residual.
+    - `window`: the largest number of updates kept: `2 * window` states of memory.
+    - `update`: `"good"` or `"bad"`.
+    - `norm`: the norm of the error per tolerance.
+
+    **Raises:**
+
+    - `ValueError`: a negative tolerance; a window below 1, or above
+        `options["max_steps"]`; an unknown update; a residual unlike `y`.
+
+    !!! example
+
+        ```python
+        solver = eqi.Broyden(rtol=1e-8, atol=1e-8)
+        optx.root_find(lambda y, args: y**3 - 2.0, solver, jnp.array(1.0)).value
+        ```
+
+    ??? cite "References"
+
+        C. G. Broyden, *A class of methods for solving nonlinear simultaneous
+        equations*, Math. Comp. 19 (1965). D.-H. Li and M. Fukushima, *A derivative-free
+        line search and global convergence of Broyden-like method for nonlinear
+        equations*, Optim. Methods Softw. 13 (2000). C. T. Kelley, *Iterative Methods
+        for Linear and Nonlinear Equations*, SIAM (1995), chapters 7 and 8.
+    """
+
+    rtol: float
+    atol: float
+    window: int = 20
+    update: Literal["good", "bad"] = "good"
+    norm: Callable[[PyTree[Array]], Scalar] = optx.max_norm
+
+    def __check_init__(self) -> None:
+        verdict.check_tolerances("Broyden", self.rtol, self.atol)
+        verdict.check_window("Broyden", self.window)
+        if self.update not in ("good", "bad"):
+            raise ValueError(
+                f'`Broyden(update=...)` must be "good" or "bad"; got {self.update!r}.'
+            )
+
+    def init(
+        self,
+        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        f_struct: PyTree[jax.ShapeDtypeStruct],
+        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        tags: frozenset[object],
+    ) -> _State[Y]:
+        """Returns the state before the first evaluation, which is at `y`."""
+        del fn, args, tags
+        _check_square(f_struct, y)
+        verdict.check_budget("Broyden", self.window, options)
+        eps = vs.resolution(y)
+        verdict.warn_if_unreachable("Broyden", self.rtol, self.atol, eps)
+        best = verdict.nothing(y, aux_struct)
+        none, one = jnp.zeros((), jnp.int32), jnp.ones((), vs.real_dtype(y))
+        stack = hist.stack_of(y, self.window)
+        return _State(
+            anchor=best.point,
+            best=best,
+            inverse=_Inverse(one, stack, stack, none),
+            step=vs.zeros_like(y),
+            kind=none,
+            size=one,
+            num_accepted=none,
+            num_shorter=none,
+            num_barren=none,
+            num_stale=none,
+            done=jnp.array(False),
+            result=RESULTS.successful,
+        )
+
+    def step(
+        self,
+        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: _State[Y],
+        tags: frozenset[object],
+    ) -> tuple[Y, _State[Y], Aux]:
+        """Returns the next trial point, having evaluated `fn` at this one."""
+        del options, tags
+        residual, aux = fn(y, args)
+        point, finite = verdict.point_with(y, residual)
+        state = self._learn(state, point, aux, finite)
+        y, state = self._propose(state)
+        return y, state, aux
+
+    def terminate(
+        self,
+        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        y: Y,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: _State[Y],
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        """Returns whether the best point is good enough, or cannot be improved."""
+        del fn, y, args, options, tags
+        return state.done, verdict.coarse(state.result)
+
+    def postprocess(
+        self,
+        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        y: Y,
+        aux: Aux,
+        args: PyTree[Any],
+        options: dict[str, Any],
+        state: _State[Y],
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        """Returns the best point with its auxiliary output, and the verdict."""
+        del fn, y, aux, args, options, tags
+        stats = verdict.statistics(state.best, state.result, result)
+        return state.best.point.y, state.best.aux, stats
+
+    def _learn(
+        self, state: _State[Y], point: verdict.Point[Y], aux: Any, finite: Array
+    ) -> _State[Y]:
+        """The inverse, the anchor and the counters, after an evaluation at `point`."""
+        anchor, best = state.anchor, state.best
+        start, search = state.kind == int(Kind.START), state.kind == int(Kind.SEARCH)
+        eta = 1.0 / (state.num_accepted + 1).astype(anchor.merit.dtype) ** 2
+        limit = (1 + eta - DECREASE * state.size) * anchor.merit
+        accepted = finite & (start | (search & (point.merit <= limit)))
+        rejected = search & ~accepted
+
+        inverse = self._updated(state, point, finite, accepted & search)
+        residual = verdict.Tolerance(0.0, self.atol, self.norm)
+        new = residual.judge(point, aux, jnp.asarray(jnp.inf, anchor.merit.dtype))
+        improved = accepted & (point.merit < best.point.merit)
+        shorter = jnp.where(rejected, state.num_shorter + 1, 0)
+        give_up = shorter > MAX_SHORTER
+        size = jnp.where(rejected, _shorter(state, point, finite), 1)
+        kind = jnp.where(start | give_up, int(Kind.PROBE), int(Kind.SEARCH))
+        barren = jnp.where(give_up, state.num_barren + 1, state.num_barren)
+        best = verdict.better(new, best, accepted)
+        anchor = vs.select(accepted, point, anchor)
+        return _State(
+            anchor=vs.select(give_up, best.point, anchor),
+            best=best,
+            inverse=inverse,
+            step=state.step,
+            kind=kind.astype(jnp.int32),
+            size=size.astype(state.size.dtype),
+            num_accepted=state.num_accepted + accepted.astype(jnp.int32),
+            num_shorter=jnp.where(give_up, 0, shorter),
+            num_barren=jnp.where(improved, 0, barren),
+            num_stale=jnp.where(improved, 0, state.num_stale + 1),
+            done=start & ~finite,
+            result=RESULTS.where(
+                start & ~finite, RESULTS.nonfinite_start, state.result
+            ),
+        )
+
+    def _updated(
+        self,
+        state: _State[Y],
+        point: verdict.Point[Y],
+        finite: Bool[Array, ""],
+        update: Bool[Array, ""],
+    ) -> _Inverse[Y]:
+        """The inverse after the pair from the anchor to `point`."""
+        inverse, dtype = state.inverse, state.size.dtype
+        s = vs.minus(point.y, state.anchor.y)
+        z = vs.minus(point.residual, state.anchor.residual)
+        squares = vs.dot(z, z, dtype)
+        probe = (state.kind == int(Kind.PROBE)) & finite & (squares > 0)
+        scale = vs.dot(s, z, dtype) / jnp.where(squares > 0, squares, 1)
+        usable = jax.lax.stop_gradient(jnp.isfinite(scale) & (scale != 0))
+        fresh = probe & usable
+        full = update & (inverse.count >= self.window)
+        inverse = _Inverse(
+            jnp.where(fresh, jax.lax.stop_gradient(scale), inverse.scale),
+            inverse.u,
+            inverse.v,
+            jnp.where((state.kind == int(Kind.PROBE)) | full, 0, inverse.count),
+        )
+
+        hz = inverse.mv(z)
+        v = inverse.transposed(s) if self.update == "good" else z
+        pivot = vs.dot(v, z, dtype)
+        smallest = vs.resolution(s) * vs.length(v, dtype) * vs.length(z, dtype)
+        regular = jax.lax.stop_gradient(jnp.abs(pivot) > smallest)
+        u = vs.scaled(1 / jnp.where(regular, pivot, 1), vs.minus(s, hz))
+        update = update & regular
+        slot = jnp.minimum(inverse.count, self.window - 1)
+        return _Inverse(
+            inverse.scale,
+            hist.put(inverse.u, slot, u, update),
+            hist.put(inverse.v, slot, v, update),
+            inverse.count + update.astype(inverse.count.dtype),
+        )
+
+    def _propose(self, state: _State[Y]) -> tuple[Y, _State[Y]]:
+        """The next trial point, or the end."""
+        anchor, dtype = state.anchor, state.size.dtype
+        one, root_eps = jnp.ones((), dtype), vs.resolution(anchor.y) ** 0.5
+        probing = state.kind == int(Kind.PROBE)
+        merit = jnp.where(anchor.merit > 0, anchor.merit, 1)
+        far = root_eps * (one + vs.length(jax.lax.stop_gradient(anchor.y), dtype))
+        probe = vs.scaled(far / merit, jax.lax.stop_gradient(anchor.residual))
+        newton = vs.scaled(-one, state.inverse.mv(anchor.residual))
+        y = vs.add_scaled(anchor.y, one, vs.scaled(state.size, newton))
+        y = vs.select(probing, vs.add_scaled(anchor.y, one, probe), y)
+        y = vs.select(vs.all_finite(y), y, anchor.y)
+        state = eqx.tree_at(lambda s: s.step, state, newton)
+        return y, self._finish(state, newton, ~probing)
+
+    def _finish(self, state: _State[Y], step: Y, usable: Array) -> _State[Y]:
+        """The end, if the best point is good enough or cannot be improved."""
+        tolerance = verdict.Tolerance(self.rtol, self.atol, self.norm)
+        best, anchor = state.best, state.anchor
+        here = usable & (anchor.merit <= best.point.merit)
+        error = jnp.where(here, tolerance.measure(step, anchor.y), best.error)
+        error = jnp.where(best.residual > 0, error, 0)
+        best = eqx.tree_at(lambda b: b.error, best, error)
+        rounding = (state.num_stale >= STALE) & (best.floor <= verdict.NEAR_ROUNDING)
+        stuck = rounding | (state.num_barren >= MAX_BARREN)
+        ongoing = ~(state.done | best.converged)
+        result = RESULTS.where(ongoing & stuck, verdict.why_stuck(best), state.result)
+        return eqx.tree_at(
+            lambda s: (s.best, s.done, s.result),
+            state,
+            (best, state.done | best.converged | stuck, result),
+        )
+
+
+def _shorter(
+    state: _State[Any], point: verdict.Point[Any], finite: Bool[Array, ""]
+) -> Float[Array, ""]:
+    """The next length of a rejected step: the minimum of a parabola, safeguarded.
+
+    The parabola has the squared residuals at both ends, and at the anchor the slope
+    that the exact Newton step would have.
+    """
+    size, ratio = state.size, point.merit / state.anchor.merit
+    denominator = ratio**2 - 1 + 2 * size
+    vertex = size**2 / jnp.where(denominator > 0, denominator, 1)
+    usable = finite & jnp.isfinite(ratio) & (denominator > 0)
+    vertex = jnp.where(usable, vertex, size / 4)
+    return jnp.clip(vertex, size / 10, size / 2)
+
+
+def _check_square(f_struct: PyTree[Any], y: PyTree[Array]) -> None:
+    """Refuses a residual that is not in the space of `y`."""
+    shapes = [
+        [(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in jtu.tree_leaves(tree)]
+        for tree in (f_struct, y)
+    ]
+    same = jtu.tree_structure(f_struct) == jtu.tree_structure(y)
+    if not same or shapes[0] != shapes[1]:
+        raise ValueError(
+            "`Broyden` needs a residual of the structure, shapes and dtypes of `y`; "
+            f"got {shapes[0]} for a `y` of {shapes[1]}. Use a least-squares solver "
+            "where equations and unknowns do not pair off."
+        )
