@@ -130,7 +130,7 @@ def anderson_solver(z0, params, m=5, lam=1e-4, max_iter=50, tol=1e-5):
     states, images = [np.asarray(z0)], [np.tanh(w @ np.asarray(z0) + x)]
     states.append(images[0])
     images.append(np.tanh(w @ states[1] + x))
-    for steps in range(2, max_iter):
+    for _ in range(2, max_iter):
         gaps = np.stack(images[-m:]) - np.stack(states[-m:])
         n = len(gaps)
         h = np.zeros((n + 1, n + 1))
@@ -142,7 +142,7 @@ def anderson_solver(z0, params, m=5, lam=1e-4, max_iter=50, tol=1e-5):
         gap = np.linalg.norm(images[-1] - z) / (1e-5 + np.linalg.norm(images[-1]))
         if gap < tol:
             break
-    return jnp.asarray(z), steps
+    return jnp.asarray(z), len(states) - 1
 
 
 # solver: its steps, its distance from the solution, the error of its derivative
