@@ -7,13 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._solution import Aux, RESULTS, Y
 from . import _root_phases as ph
 from ._root_solve import newton_or_damped_step
-from ._root_vector import real_vector, RealVector, safe_norm
+from ._root_vector import norm_of, real_vector, RealVector
 
 # A residual below this many roundings of its own terms cannot be made smaller.
 _ROUNDINGS = 8.0
@@ -41,12 +42,10 @@ class DenseState(eqx.Module, Generic[Aux]):
     aux: Aux  # of the best point
     best_norm: Float[Array, ""]
     best_max: Float[Array, ""]  # largest absolute residual of the best point
-    best_length: Float[Array, ""]
     start_length: Float[Array, ""]
     ever_regular: Bool[Array, ""]  # some Jacobian was not singular
+    stuck: Bool[Array, ""]  # no smaller residual can be resolved
     num_evaluations: Int[Array, ""]
-    done: Bool[Array, ""]
-    reason: RESULTS
 
 
 class Limits(eqx.Module):
@@ -62,7 +61,6 @@ def init_dense(y: PyTree[Array], aux: Aux) -> DenseState[Aux]:
     x = stop_gradient(space.ravel(y))
     inf = jnp.array(jnp.inf, space.dtype)
     base = Point(x, jnp.zeros_like(x), jnp.zeros((x.size, x.size), x.dtype), inf)
-    length = _length_or_one(x)
     return DenseState(
         base=base,
         trial=space.ravel(y),
@@ -70,17 +68,15 @@ def init_dense(y: PyTree[Array], aux: Aux) -> DenseState[Aux]:
         aux=aux,
         best_norm=inf,
         best_max=inf,
-        best_length=length,
-        start_length=length,
+        start_length=_length_or_one(x),
         ever_regular=jnp.array(False),
+        stuck=jnp.array(False),
         num_evaluations=jnp.array(0),
-        done=jnp.array(False),
-        reason=RESULTS.successful,
     )
 
 
 def _length_or_one(x: Float[Array, " n"]) -> Float[Array, ""]:
-    length = safe_norm(stop_gradient(x))
+    length = norm_of(stop_gradient(x))
     return jnp.where(length > 0, length, 1)
 
 
@@ -102,8 +98,8 @@ def _unresolvable(base: Point, atol: float) -> Bool[Array, ""]:
 
 def _direction_without_slope(n: int, dtype: Any) -> Float[Array, " n"]:
     """A fixed unit vector that is orthogonal to no likely symmetry of a problem."""
-    vector = jnp.cos(jnp.arange(1, n + 1, dtype=dtype))
-    return vector / jnp.linalg.norm(vector)
+    vector = np.cos(np.arange(1, n + 1))
+    return jnp.asarray(vector / np.linalg.norm(vector), dtype)
 
 
 class _Proposal(eqx.Module):
@@ -111,28 +107,32 @@ class _Proposal(eqx.Module):
     regular: Bool[Array, ""]
 
 
-def _propose(base: Point, phases: ph.Phases) -> _Proposal:
+def _propose(
+    base: Point,
+    gradient: Float[Array, " n"],
+    base_length: Float[Array, ""],
+    phases: ph.Phases,
+) -> _Proposal:
     """The next trial: a Newton step, bounded in length, or a damped one."""
     jacobian, residual = base.jacobian, base.residual
-    gradient = jacobian.T @ residual
-    columns = jnp.linalg.norm(stop_gradient(jacobian), axis=0)
+    columns = jnp.sqrt(jnp.sum(stop_gradient(jacobian) ** 2, axis=0))
     columns = jnp.where(columns > 0, columns, 1)
     columns = columns / jnp.sqrt(jnp.mean(columns**2))
     scale = jnp.where(phases.rescaled, columns, 1)
-    slope = stop_gradient(safe_norm(gradient / scale))
+    slope = stop_gradient(norm_of(gradient / scale))
     step = newton_or_damped_step(
         jacobian, residual, gradient, scale, slope / phases.radius, phases.damped
     )
-    length = safe_norm(stop_gradient(step))
-    condition = safe_norm(stop_gradient(jacobian).reshape(-1)) * length
+    length = norm_of(stop_gradient(step))
+    condition = norm_of(stop_gradient(jacobian)) * length
     too_large = _REGULAR * base.norm / float(jnp.finfo(step.dtype).eps)
     regular = (condition < too_large) & ~phases.damped
 
-    longest = phases.longest * _length_or_one(base.x)
+    longest = phases.longest * base_length
     bounded = step * jnp.where(length > longest, longest / length, 1)
     step = jnp.where(phases.damped, step, bounded)
     step = jnp.where(phases.flipped, -step, step)
-    usable = jnp.all(jnp.isfinite(step)) & (length > 0)
+    usable = jnp.isfinite(length) & (length > 0)
     lost = longest * _direction_without_slope(step.size, step.dtype)
     return _Proposal(base.x + jnp.where(usable, step, lost), regular)
 
@@ -149,7 +149,7 @@ def _evaluate(
         return out_space.ravel(linear(space.unravel(unit)))
 
     def jacobian() -> Float[Array, "n n"]:
-        return jax.vmap(column, out_axes=1)(jnp.eye(trial.size, dtype=trial.dtype))
+        return jax.vmap(column, out_axes=1)(jnp.asarray(np.eye(trial.size), trial.dtype))
 
     return y, out_space.ravel(out), jacobian, aux
 
@@ -161,18 +161,26 @@ def _where(pred: Bool[Array, ""], x: Any, y: Any) -> Any:
     return jtu.tree_map(pick, x, y)
 
 
-def _reason(
-    state: DenseState[Any], limits: Limits, stuck: Bool[Array, ""]
-) -> tuple[Bool[Array, ""], RESULTS]:
-    """Whether the solve has failed, and why."""
-    no_start = ~jnp.isfinite(state.best_max)
+def is_over(
+    state: DenseState[Any], limits: Limits
+) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether the solve has ended, and whether with a root."""
+    success = state.best_max <= limits.atol
+    no_start = (state.num_evaluations > 0) & ~jnp.isfinite(state.best_max)
     exhausted = state.phases.num_cycles > limits.max_restarts
-    far = state.best_length > _FAR * state.start_length
+    return success | no_start | exhausted | state.stuck, success
+
+
+def why(state: DenseState[Any], y: PyTree[Array], limits: Limits) -> RESULTS:
+    """How a solve that is over ended; to be asked once, after the loop."""
+    _, success = is_over(state, limits)
+    far = norm_of(real_vector(y).ravel(y)) > _FAR * state.start_length
     reason = RESULTS.where(far, RESULTS.nonlinear_divergence, RESULTS.local_minimum)
     reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)
-    reason = RESULTS.where(stuck, RESULTS.unattainable_tolerance, reason)
+    reason = RESULTS.where(state.stuck, RESULTS.unattainable_tolerance, reason)
+    no_start = ~jnp.isfinite(state.best_max)
     reason = RESULTS.where(no_start, RESULTS.nonfinite_start, reason)
-    return no_start | stuck | exhausted, reason
+    return RESULTS.where(success, RESULTS.successful, reason)
 
 
 def step_dense(
@@ -192,15 +200,16 @@ def step_dense(
 
     # What the trial shows. Decisions carry no derivative; steps do.
     frozen = stop_gradient(residual)
-    norm, largest = safe_norm(frozen), jnp.max(jnp.abs(frozen))
-    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(x))
+    norm, largest = norm_of(frozen), jnp.max(jnp.abs(frozen))
+    finite = jnp.isfinite(largest)
     step = stop_gradient(x - base.x)
     resolution = float(jnp.finfo(x.dtype).eps) ** 0.75
-    tiny = safe_norm(step) <= resolution * safe_norm(stop_gradient(base.x))
+    tiny = norm_of(step) <= resolution * norm_of(stop_gradient(base.x))
     ratio = jnp.where(finite, _ratio(stop_gradient(base), step, norm), -1)
     trial = ph.Trial(finite, norm, base.norm, ratio, tiny)
     success = finite & (largest <= limits.atol)
-    better = success | (finite & (norm < state.best_norm))
+    first = ~jnp.isfinite(state.best_max)
+    better = success | (finite & ((norm < state.best_norm) | first))
     accepted = ph.is_accepted(state.phases, trial)
 
     # The new base, and the best point.
@@ -209,37 +218,31 @@ def step_dense(
     base = _where(accepted, Point(x, residual, matrix, norm), base)
     y, best_aux = _where(better, (trial_y, aux), (y, state.aux))
     best_norm = jnp.where(better, norm, state.best_norm)
-    best_length = jnp.where(better, _length_or_one(x), state.best_length)
 
     # The reaction of the phases, and the next trial.
     frozen_base = stop_gradient(base)
-    slope = safe_norm(frozen_base.jacobian.T @ frozen_base.residual) / base.norm
+    gradient = base.jacobian.T @ base.residual
+    slope = norm_of(stop_gradient(gradient)) / base.norm
+    length = _length_or_one(base.x)
     seen = ph.Base(
         norm=base.norm,
         best_norm=best_norm,
         slope=slope,
-        jacobian_norm=safe_norm(frozen_base.jacobian.reshape(-1)),
-        length=_length_or_one(base.x),
-        best_length=best_length,
+        jacobian_norm=norm_of(frozen_base.jacobian),
+        length=length,
     )
     phases, to_best = ph.next_phase(state.phases, trial, seen, accepted)
-    proposal = _propose(base, phases)
-    state = DenseState(
+    proposal = _propose(base, gradient, length, phases)
+    stuck = ~better & (base.norm <= best_norm) & _unresolvable(frozen_base, limits.atol)
+    return y, DenseState(
         base=base,
         trial=jnp.where(to_best, space.ravel(y), proposal.trial),
         phases=phases,
         aux=best_aux,
         best_norm=best_norm,
         best_max=jnp.where(better, largest, state.best_max),
-        best_length=best_length,
         start_length=state.start_length,
         ever_regular=state.ever_regular | proposal.regular,
+        stuck=stuck,
         num_evaluations=state.num_evaluations + 1 + wanted.astype(int) * x.size,
-        done=success,
-        reason=RESULTS.successful,
     )
-    stuck = ~better & (base.norm <= best_norm) & _unresolvable(frozen_base, limits.atol)
-    failed, reason = _reason(state, limits, stuck)
-    done = success | failed
-    reason = RESULTS.where(success | ~failed, RESULTS.successful, reason)
-    return y, eqx.tree_at(lambda s: (s.done, s.reason), state, (done, reason))

@@ -81,8 +81,7 @@ class Base(eqx.Module):
     best_norm: Float[Array, ""]  # the smallest |F| so far
     slope: Float[Array, ""]  # |J'F| / |F|
     jacobian_norm: Float[Array, ""]
-    length: Float[Array, ""]  # |base|
-    best_length: Float[Array, ""]  # |best point|
+    length: Float[Array, ""]  # |base|, or 1 at the origin
 
 
 def first_phase(dtype: jnp.dtype) -> Phases:
@@ -98,10 +97,6 @@ def is_accepted(phases: Phases, trial: Trial) -> Bool[Array, ""]:
     return trial.finite & (unconditional | (trial.ratio > _MIN_RATIO))
 
 
-def _unit(length: Float[Array, ""]) -> Float[Array, ""]:
-    return jnp.where(length > 0, length, 1)
-
-
 def _after_newton(
     phases: Phases, trial: Trial, base: Base
 ) -> tuple[Phases, Bool[Array, ""]]:
@@ -111,7 +106,6 @@ def _after_newton(
     patience = jnp.where(phases.restarting, _PATIENCE_RESTART, slow_or_first)
     leave = (idle >= patience) | ~trial.finite
     to_best = leave & ~phases.restarting & (base.best_norm < base.norm)
-    length = jnp.where(to_best, base.best_length, base.length)
     after = Phases(
         damped=leave,
         restarting=phases.restarting,
@@ -123,7 +117,7 @@ def _after_newton(
         num_slow=phases.num_slow,
         num_restarts=phases.num_restarts,
         mark=jnp.where(halved, trial.norm, phases.mark),
-        radius=_FIRST_RADIUS * _unit(length),
+        radius=_FIRST_RADIUS * base.length,
     )
     return after, to_best
 
@@ -168,7 +162,9 @@ def next_phase(
     """The phase after a trial, and whether its next trial is the best point so far."""
     newton, to_best = _after_newton(phases, trial, base)
     damped = _after_damped(phases, trial, base, accepted)
-    arrived = eqx.tree_at(lambda p: p.forced, phases, jnp.array(False))
+    # A forced damped trial was the way back to the best point.
+    start = (jnp.array(False), _FIRST_RADIUS * base.length)
+    arrived = eqx.tree_at(lambda p: (p.forced, p.radius), phases, start)
     damped = select(phases.forced, arrived, damped)
     return select(phases.damped, damped, newton), to_best & ~phases.damped
 

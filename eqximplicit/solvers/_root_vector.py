@@ -64,8 +64,6 @@ def real_vector(tree: PyTree[Any], dtype: Any = None) -> RealVector:
     return RealVector(struct, real_dtype(tree) if dtype is None else dtype)
 
 
-def safe_norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
-    """The Euclidean length, free of overflow; 0 for the zero vector."""
-    largest = jnp.max(jnp.abs(vector))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return scale * jnp.linalg.norm(vector / scale)
+def norm_of(array: Float[Array, "..."]) -> Float[Array, ""]:
+    """The square root of the sum of the squares of all entries."""
+    return jnp.sqrt(jnp.sum(array**2))

@@ -13,7 +13,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._solution import Aux, RESULTS, Y
-from ._root_dense import DenseState, init_dense, Limits, step_dense
+from ._root_dense import DenseState, init_dense, is_over, Limits, step_dense, why
 from ._root_vector import real_size
 from ._vector_space import real_dtype
 
@@ -36,21 +36,6 @@ def zeros_for(struct: PyTree[Any]) -> PyTree[Any]:
         return leaf
 
     return jtu.tree_map(zero, struct)
-
-
-def coarse_result(reason: RESULTS) -> optx.RESULTS:
-    """The optimistix code nearest to one of ours: `terminate` may return no other."""
-    result = optx.RESULTS.where(
-        reason == RESULTS.successful,
-        optx.RESULTS.successful,
-        optx.RESULTS.nonlinear_divergence,
-    )
-    result = optx.RESULTS.where(
-        reason == RESULTS.singular_jacobian, optx.RESULTS.singular, result
-    )
-    return optx.RESULTS.where(
-        reason == RESULTS.nonfinite_start, optx.RESULTS.nonfinite, result
-    )
 
 
 class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
@@ -124,6 +109,10 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         if self.atol is not None:
             _warn_below_resolution(self.atol, jnp.result_type(float))
 
+    def _limits(self, y: PyTree[Array]) -> Limits:
+        atol = default_atol(real_dtype(y)) if self.atol is None else self.atol
+        return Limits(atol, self.max_restarts)
+
     def init(
         self,
         fn: _Fn[Y, Aux],
@@ -150,8 +139,7 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
     ) -> tuple[Y, DenseState[Aux], Aux]:
         """Returns the best point so far, after one more trial."""
         del options, tags
-        atol = default_atol(real_dtype(y)) if self.atol is None else self.atol
-        limits = Limits(atol, self.max_restarts)
+        limits = self._limits(y)
         y, state = step_dense(lambda y: fn(y, args), y, state, limits)
         return y, state, state.aux
 
@@ -165,8 +153,12 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Returns whether the solve is over; with success only if `y` is a root."""
-        del fn, y, args, options, tags
-        return state.done, coarse_result(state.reason)
+        del fn, args, options, tags
+        done, success = is_over(state, self._limits(y))
+        failure = optx.RESULTS.nonlinear_divergence
+        failed = done & ~success
+        result = optx.RESULTS.where(failed, failure, optx.RESULTS.successful)
+        return done, result
 
     def postprocess(
         self,
@@ -181,9 +173,10 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
     ) -> tuple[Y, Aux, dict[str, Any]]:
         """Returns the best point, its `aux`, and what was seen on the way."""
         del fn, aux, args, options, tags
+        reason = why(state, y, self._limits(y))
         ended = result == optx.RESULTS.nonlinear_max_steps_reached
         reason = RESULTS.where(
-            ended, RESULTS.nonlinear_max_steps_reached, state.reason
+            ended, RESULTS.nonlinear_max_steps_reached, reason
         )
         stats = {
             "result": reason,
