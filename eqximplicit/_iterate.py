@@ -53,15 +53,16 @@ class Run(eqx.Module):
     fn: IteratedFn
     args: Any
     options: dict[str, Any]
-    tags: frozenset[object] = eqx.field(static=True)
     max_steps: int | None = eqx.field(static=True)
 
     def step(self, y: PyTree[Array], state: Any) -> tuple[Any, Any, Any]:
-        return self.solver.step(self.fn, y, self.args, self.options, state, self.tags)
+        return self.solver.step(
+            self.fn, y, self.args, self.options, state, self.fn.tags
+        )
 
     def terminate(self, y: PyTree[Array], state: Any, residual: Any) -> Any:
         done, result = self.solver.terminate(
-            self.fn, y, self.args, self.options, state, self.tags
+            self.fn, y, self.args, self.options, state, self.fn.tags
         )
         if self.fn.must_vanish:
             done = done & (max_abs(residual) < self.solver.atol)
@@ -138,11 +139,11 @@ def iterate(
     **Raises:** `TypeError` if the solver is of the wrong kind for the condition.
     """
     fn = iterated_fn(solver, condition, y0)
-    run = Run(solver, fn, args, options, condition.tags, max_steps)
+    run = Run(solver, fn, args, options, max_steps)
     y = to_real(y0, real_dtype(y0))
     f_struct, aux_struct = eqx.filter_eval_shape(fn, y, args)
     residual_struct, fn_aux_struct = aux_struct
-    state = solver.init(fn, y, args, options, f_struct, aux_struct, condition.tags)
+    state = solver.init(fn, y, args, options, f_struct, aux_struct, fn.tags)
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
     aux_arrays, aux_static = eqx.partition(filled(fn_aux_struct, 0), eqx.is_array)
     residual = filled(residual_struct, jnp.inf)
@@ -175,7 +176,7 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
         run.args,
         run.options,
         state,
-        run.tags,
+        run.fn.tags,
         result,
     )
     reported = as_results(stats.pop("result", result))

@@ -47,13 +47,15 @@ class IteratedFn(eqx.Module):
     """The function `(y, args) -> (out, (residual, aux))` that a solver iterates.
 
     `y` is in the real form of the state; `residual` is `None` unless the solver must
-    also be held to a small one.
+    also be held to a small one. `tags` are those of what the solver takes for its
+    operator.
     """
 
     condition: AbstractCondition[Any, Any]
     output: Callable[[_Evaluated], PyTree[Array]]
     like: PyTree[jax.ShapeDtypeStruct]
     must_vanish: bool = eqx.field(static=True)
+    tags: frozenset[object] = eqx.field(static=True)
 
     def __call__(self, real_y: PyTree[Array], args: Any) -> tuple[Any, tuple[Any, Any]]:
         y = from_real(real_y, self.like)
@@ -116,6 +118,15 @@ def _output(
     return None
 
 
+def _tags(solver: Solver, condition: AbstractCondition[Any, Any]) -> frozenset[object]:
+    """Those of the Jacobian of the residual, where that is the solver's operator."""
+    own_hessian = isinstance(solver, optx.AbstractMinimiser) == isinstance(
+        condition, Minimum
+    )
+    same = own_hessian and not isinstance(condition, LeastSquares)
+    return condition.tags if same else frozenset()
+
+
 def iterated_fn(
     solver: Solver, condition: AbstractCondition[Any, Any], y: PyTree[Array]
 ) -> IteratedFn:
@@ -130,4 +141,5 @@ def iterated_fn(
         solver, (optx.AbstractLeastSquaresSolver, optx.AbstractMinimiser)
     )
     must_vanish = stands_in and _is_square(condition)
-    return IteratedFn(condition, output, struct_of(y), must_vanish)
+    tags = _tags(solver, condition)
+    return IteratedFn(condition, output, struct_of(y), must_vanish, tags)

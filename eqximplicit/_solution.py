@@ -54,7 +54,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
 
 
-def as_results(result: lx.RESULTS) -> RESULTS:
+def as_results(result: Any) -> RESULTS:
     """The same code as an item of our `RESULTS`.
 
     A subclass numbers its base's items first, so the number carries over. (`promote`
@@ -67,7 +67,7 @@ def as_results(result: lx.RESULTS) -> RESULTS:
     )
 
 
-def is_successful(result: lx.RESULTS) -> Bool[Array, ""] | bool:
+def is_successful(result: Any) -> Bool[Array, ""] | bool:
     """Whether a code says success; a plain `True` where it is so at trace time."""
     for codes in (lx.RESULTS, optx.RESULTS, RESULTS):
         if isinstance(result, codes):
