@@ -7,18 +7,19 @@ The solver is a Python loop over NumPy arrays: JAX can neither trace nor
 differentiate it.
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import eqximplicit as eqi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 import optimistix as optx
+
+import eqximplicit as eqi
 
 # Condition numbers are below 10 and nothing iterates: rounding is all that is left.
 EXACT = 1e-9
@@ -173,7 +174,7 @@ CELL_JACOBIAN = (
 
 
 def cell_layer(alpha: Any = 10.0, beta: Any = 3.0, **kwargs: Any) -> Any:
-    para = Para(jnp.asarray(alpha), jnp.asarray(beta))
+    para = Para(jnp.array(alpha, float), jnp.array(beta, float))
     return eqi.ImplicitFunction(
         eqi.FixedPoint(Cell(para)),
         optx.Newton(rtol=1e-10, atol=1e-10),

@@ -2,14 +2,14 @@
 
 import functools
 
-from hypothesis import given, strategies as st
-import eqximplicit as eqi
 import jax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 import jax.test_util
 import lineax as lx
 import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from jax.flatten_util import ravel_pytree
 from problems import (
     A,
     assert_close,
@@ -22,7 +22,8 @@ from problems import (
     ROOT,
     TRANSPOSE,
 )
-import pytest
+
+import eqximplicit as eqi
 
 # Second and third derivatives chain two and three solves.
 HIGHER = 1e-8
@@ -291,6 +292,10 @@ def cubic_truth():
     return run
 
 
+def lane_of(args, in_axes, i):
+    return [x[i] if axis == 0 else x for x, axis in zip(args, in_axes, strict=True)]
+
+
 AS = jnp.array([[0.5, -1.0], [1.5, 0.2], [0.0, 0.7]])
 BS = jnp.array([[1.0, 2.0], [-0.5, 0.3], [2.0, -1.0]])
 
@@ -312,13 +317,13 @@ def test_vmap_of_grad_and_grad_of_vmap_agree_for_every_in_axes(in_axes):
         return grad_of_vmap, vmap_of_grad
 
     grad_of_vmap, vmap_of_grad = run(*args)
-    lanes = [
-        cubic_truth()(*(x[i] if axis == 0 else x for x, axis in zip(args, in_axes)))[1]
-        for i in range(3)
-    ]
+    lanes = [cubic_truth()(*lane_of(args, in_axes, i))[1] for i in range(3)]
     per_lane = [np.stack(leaf) for leaf in zip(*lanes, strict=True)]
     assert_close(vmap_of_grad, per_lane)
-    mean = [g / 3 if axis == 0 else g.mean(0) for g, axis in zip(per_lane, in_axes)]
+    mean = [
+        g / 3 if axis == 0 else g.mean(0)
+        for g, axis in zip(per_lane, in_axes, strict=True)
+    ]
     assert_close(grad_of_vmap, mean)
 
 
@@ -333,8 +338,7 @@ def test_forward_mode_of_vmap_holds_for_constant_arguments(in_axes):
 
     t_y = run(*args)
     for i in range(3):
-        lane = [x[i] if axis == 0 else x for x, axis in zip(args, in_axes)]
-        by_a, by_b = cubic_truth()(*lane)[1]
+        by_a, by_b = cubic_truth()(*lane_of(args, in_axes, i))[1]
         np.testing.assert_allclose(t_y[i].sum(), by_a.sum() + by_b.sum(), rtol=EXACT)
 
 

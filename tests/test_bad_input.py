@@ -1,0 +1,278 @@
+"""Input that cannot be right is refused while tracing, by name, shape and dtype."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import eqximplicit as eqi
+
+NEWTON = optx.Newton(rtol=1e-8, atol=1e-8)
+GUESS = {"bond": jnp.zeros(2), "angle": jnp.zeros(())}
+
+
+def root(fn, y0=GUESS, solver=NEWTON, **kwargs):
+    layer = eqi.ImplicitFunction(eqi.Root(fn), solver, **kwargs)
+    return jax.eval_shape(lambda: layer(y0))  # refused without running anything
+
+
+def fixed_point(fn, y0=GUESS):
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(fn), NEWTON)
+    return jax.eval_shape(lambda: layer(y0))
+
+
+def identity(y0, args):
+    return y0
+
+
+WRONG_RESIDUALS = {
+    "too few equations": (
+        lambda y, _: {"bond": y["bond"][:1], "angle": y["angle"]},
+        r"\['bond'\]` is float64\[1\].*\['bond'\]` is float64\[2\]",
+    ),
+    "too many leaves": (
+        lambda y, _: (y["angle"], y["bond"], y["angle"]),
+        r"3 leaves and the state has 2.*`out\[2\]`.*float64\[\]",
+    ),
+    "too few leaves": (
+        lambda y, _: (y["angle"],),
+        r"1 leaves and the state has 2.*`y0\['bond'\]`.*float64\[2\]",
+    ),
+    "same number in another shape": (
+        lambda y, _: {"bond": y["bond"][None], "angle": y["angle"]},
+        r"float64\[1, 2\].*float64\[2\]",
+    ),
+    "leaves in another order": (
+        lambda y, _: [y["bond"], y["angle"]],
+        r"`out\[0\]` is float64\[2\].*`y0\['angle'\]` is float64\[\]",
+    ),
+    "complex residual of a real state": (
+        lambda y, _: {"bond": jax.lax.complex(*[y["bond"]] * 2), "angle": y["angle"]},
+        r"complex128\[2\].*\['bond'\]`.*float64\[2\]",
+    ),
+    "text": (
+        lambda y, _: {"bond": "stretched", "angle": y["angle"]},
+        "str 'stretched'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RESIDUALS)
+@pytest.mark.parametrize("solver", [NEWTON, identity], ids=["optimistix", "callable"])
+def test_residual_that_does_not_match_the_state_is_refused(case, solver):
+    fn, message = WRONG_RESIDUALS[case]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        root(fn, solver=solver)
+
+
+@pytest.mark.parametrize("case", WRONG_RESIDUALS)
+def test_residual_that_does_not_match_is_refused_by_the_rule_too(case):
+    fn, message = WRONG_RESIDUALS[case]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        eqi.implicit_solution(eqi.Root(fn), GUESS)
+
+
+def test_wrong_residual_is_refused_inside_optimistix_too():
+    with pytest.raises(ValueError, match=r"(?s)float64\[1\].*float64\[2\]"):
+        optx.root_find(
+            lambda y, _: y[:1],
+            NEWTON,
+            jnp.zeros(2),
+            adjoint=eqi.ImplicitAdjoint(),
+        )
+
+
+def test_image_with_another_structure_than_the_state_is_refused():
+    with pytest.raises(ValueError, match=r"(?s)structure of the state.*\(\*, \*\)"):
+        fixed_point(lambda y, _: (y["angle"], y["bond"]))
+
+
+def test_image_with_another_dtype_than_the_state_is_refused():
+    def single(y, _):
+        return {"bond": y["bond"].astype(jnp.float32), "angle": y["angle"]}
+
+    with pytest.raises(ValueError, match=r"(?s)\['bond'\]`.*float64.*float32"):
+        fixed_point(single)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [lambda y, _: y, lambda y, _: (y[0],), lambda y, _: jax.lax.complex(y[0], y[1])],
+    ids=["vector", "tuple", "complex"],
+)
+def test_objective_that_is_no_real_scalar_is_refused(objective):
+    layer = eqi.ImplicitFunction(eqi.Minimum(objective))
+    with pytest.raises(ValueError, match="objective must be a real scalar"):
+        layer(jnp.ones(2))
+
+
+def test_least_squares_without_residuals_is_refused():
+    layer = eqi.ImplicitFunction(eqi.LeastSquares(lambda y, _: ()))
+    with pytest.raises(ValueError, match="no residuals"):
+        layer(jnp.ones(2))
+
+
+@pytest.mark.parametrize("y0", [(), {}, {"a": None}, jnp.zeros((0, 3))], ids=str)
+def test_empty_state_is_refused(y0):
+    with pytest.raises(ValueError, match="empty"):
+        root(lambda y, _: y, y0=y0)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        ("text", r"str 'text' at `y0\['bond'\]\[1\]`"),
+        (True, r"bool True at `y0\['bond'\]\[1\]`"),
+        (jnp.array([True, False]), r"bool\[2\] at `y0\['bond'\]\[1\]`"),
+        (jnp.tanh, r"at `y0\['bond'\]\[1\]`"),
+        (jax.random.key(0), r"key<fry>\[\] at `y0\['bond'\]\[1\]`"),
+    ],
+    ids=["text", "bool", "boolean array", "function", "random key"],
+)
+def test_leaf_of_the_state_that_is_no_number_is_refused_by_name(leaf, message):
+    layer = eqi.ImplicitFunction(eqi.Root(lambda y, _: y), NEWTON)
+    with pytest.raises(ValueError, match=message):
+        layer({"bond": (1.0, leaf)})
+
+
+def test_integer_guess_is_promoted_as_optimistix_does():
+    value = eqi.ImplicitFunction(eqi.Root(lambda y, _: y**2 - 4), NEWTON)(
+        {"a": jnp.array(3)}["a"]
+    )
+    assert value.dtype == jnp.float64
+    np.testing.assert_allclose(value, 2.0, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "solver", [3, "newton", object()], ids=["int", "str", "object"]
+)
+def test_solver_that_is_not_callable_is_refused(solver):
+    with pytest.raises(TypeError, match="`solver` must be .* callable"):
+        eqi.ImplicitFunction(eqi.Root(lambda y, _: y), solver)
+
+
+def test_solution_of_another_shape_than_the_guess_is_refused():
+    with pytest.raises(
+        ValueError, match=r"(?s)solver's solution.*float64\[3\].*float64\[2\]"
+    ):
+        root(lambda y, _: y, y0=jnp.zeros(2), solver=lambda y0, _: jnp.zeros(3))
+
+
+def test_solver_that_returns_nothing_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        root(lambda y, _: y, y0=jnp.zeros(2), solver=lambda y0, _: None)
+
+
+def test_missing_aux_of_a_callable_solver_is_refused():
+    with pytest.raises(
+        ValueError, match=r"`has_aux=True` needs a solver.*`\(y, aux\)`"
+    ):
+        root(lambda y, _: y, solver=identity, has_aux=True)
+
+
+def test_missing_aux_of_a_function_is_refused():
+    with pytest.raises(
+        ValueError, match=r"`has_aux=True` needs a function.*`\(out, aux\)`"
+    ):
+        root(lambda y, _: y, has_aux=True)
+
+
+def test_undeclared_aux_of_a_function_is_refused():
+    with pytest.raises(ValueError, match="(?s)leaves|does not match"):
+        root(lambda y, _: (y, {"count": jnp.array(1.0)}))
+
+
+def test_undeclared_aux_of_a_callable_solver_is_refused():
+    with pytest.raises(ValueError, match="(?s)solver's solution|no number|State|state"):
+        root(lambda y, _: y, solver=lambda y0, _: (y0, {"count": jnp.array(1.0)}))
+
+
+class Static(eqx.Module):
+    matrix: object = eqx.field(static=True)
+
+    def __call__(self, y, args):
+        return self.matrix @ y
+
+
+class Nested(eqx.Module):
+    layers: list[Static]
+
+    def __call__(self, y, args):
+        return self.layers[0](y, args)
+
+
+def static():
+    # Equinox warns; a warning does not stop a training run with a wrong gradient.
+    with pytest.warns(UserWarning, match="set as static"):
+        return Static(np.eye(2))
+
+
+def test_static_field_of_the_function_that_holds_an_array_is_refused():
+    with pytest.raises(ValueError, match=r"`condition\.fn\.matrix`.*float64\[2, 2\]"):
+        eqi.ImplicitFunction(eqi.Root(static()))
+
+
+def test_nested_static_field_that_holds_an_array_is_refused():
+    with pytest.raises(ValueError, match=r"`condition\.fn\.layers\[0\]\.matrix`"):
+        eqi.ImplicitFunction(eqi.Root(Nested([static()])))
+
+
+def test_static_field_of_the_solver_that_holds_an_array_is_refused():
+    with pytest.raises(ValueError, match=r"`solver\.matrix`.*float64\[2, 2\]"):
+        eqi.ImplicitFunction(eqi.Root(lambda y, _: y), static())
+
+
+def test_static_field_of_an_argument_that_holds_an_array_is_refused():
+    layer = eqi.ImplicitFunction(eqi.Root(lambda y, a: a.matrix @ y), NEWTON)
+    with pytest.raises(ValueError, match=r"`args\.matrix`.*float64\[2, 2\]"):
+        layer(jnp.ones(2), static())
+
+
+def test_missing_guess_is_refused():
+    with pytest.raises(ValueError, match="No initial guess"):
+        eqi.ImplicitFunction(eqi.Root(lambda y, _: y), NEWTON)()
+
+
+@pytest.mark.parametrize(
+    ("condition", "solver", "remedy"),
+    [
+        (
+            eqi.Root(lambda y, _: y),
+            optx.FixedPointIteration(rtol=1e-8, atol=1e-8),
+            "`FixedPointIteration` cannot solve a `Root`.*state a `FixedPoint`",
+        ),
+        (
+            eqi.Minimum(lambda y, _: jnp.sum(y**2)),
+            NEWTON,
+            "`Newton` cannot solve a `Minimum`.*Use a minimiser",
+        ),
+        (
+            eqi.Minimum(lambda y, _: jnp.sum(y**2)),
+            optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8),
+            "`LevenbergMarquardt` cannot solve a `Minimum`.*state `LeastSquares`",
+        ),
+        (
+            eqi.LeastSquares(lambda y, _: y),
+            NEWTON,
+            "`Newton` cannot solve a `LeastSquares`.*Use a minimiser",
+        ),
+    ],
+    ids=["root", "minimum by root finder", "minimum by least squares", "least squares"],
+)
+def test_solver_of_the_wrong_kind_is_refused_with_a_remedy(condition, solver, remedy):
+    layer = eqi.ImplicitFunction(condition, solver)
+    with pytest.raises(TypeError, match=remedy):
+        layer(jnp.ones(2))
+
+
+@pytest.mark.parametrize("residual_tol", [-1.0, float("nan")])
+def test_residual_tolerance_that_nothing_meets_is_refused(residual_tol):
+    with pytest.raises(ValueError, match="`residual_tol` must be >= 0"):
+        eqi.ImplicitFunction(eqi.Root(lambda y, _: y), residual_tol=residual_tol)
+
+
+def test_negative_number_of_steps_is_refused():
+    with pytest.raises(ValueError, match="`max_steps` must be >= 0"):
+        eqi.ImplicitFunction(eqi.Root(lambda y, _: y), max_steps=-1)

@@ -1,0 +1,377 @@
+"""Arrays captured by closure, in the condition and in the solver."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optimistix as optx
+import pytest
+from problems import assert_close, EXACT
+
+import eqximplicit as eqi
+
+NEWTON = {"rtol": 1e-10, "atol": 1e-10}
+# The reference values of the particles have 1e-7, by their own account.
+PARTICLES = 1e-7
+
+
+def cubic_root(b):
+    """The real root of `y³ + y = b`, by Cardano's formula."""
+    s = np.sqrt(b**2 / 4 + 1 / 27)
+    return np.cbrt(b / 2 + s) + np.cbrt(b / 2 - s)
+
+
+# y³ + y = b has y' = 1 / (3 y² + 1) and y'' = -6 y y'³; at b = 2 it is y = 1.
+SLOPE, CURVATURE = 1 / 4, -6 / 64
+
+
+def newton_while(residual, y0):
+    """Newton's method in a `while_loop`, on a function that it captured."""
+
+    def unfinished(carry):
+        return (carry[1] > 1e-14) & (carry[2] < 50)
+
+    def step(carry):
+        y, _, n = carry
+        change = residual(y) / jax.grad(residual)(y)
+        return y - change, jnp.abs(change), n + 1
+
+    return jax.lax.while_loop(unfinished, step, (y0, jnp.array(jnp.inf), 0))[0]
+
+
+def solved_by_closure(b):
+    """Both the condition and the solver see `b` by closure only."""
+
+    def residual(y, _=None):
+        return y**3 + y - b
+
+    def solver(y0, _):
+        return newton_while(residual, y0)
+
+    return eqi.ImplicitFunction(eqi.Root(residual), solver)(jnp.array(0.5))
+
+
+@functools.cache
+def closure_derivatives():
+    """Jitted value and derivatives of `solved_by_closure`, to third order."""
+
+    @jax.jit
+    def run(b):
+        f = solved_by_closure
+        return {
+            "value": f(b),
+            "forward": jax.jacfwd(f)(b),
+            "reverse": jax.grad(f)(b),
+            "nested": jax.grad(jax.grad(f))(b),
+            "hessian": jax.hessian(f)(b),
+        }
+
+    return run
+
+
+def test_gradient_flows_to_an_array_captured_by_condition_and_solver():
+    got = closure_derivatives()(jnp.array(2.0))
+    expected = {
+        "value": 1.0,
+        "forward": SLOPE,
+        "reverse": SLOPE,
+        "nested": CURVATURE,
+        "hessian": CURVATURE,
+    }
+    assert_close(got, expected)
+
+
+def test_gradient_flows_to_a_captured_array_without_jit():
+    assert_close(jax.grad(solved_by_closure)(jnp.array(2.0)), SLOPE)
+
+
+def test_gradient_flows_to_a_captured_array_under_vmap():
+    bs = jnp.array([2.0, -1.0, 0.3])
+    gradient = jax.jit(jax.vmap(jax.grad(solved_by_closure)))(bs)
+    assert_close(gradient, 1 / (3 * cubic_root(np.asarray(bs)) ** 2 + 1))
+
+
+def test_loop_over_a_captured_array_carries_no_tangents():
+    jaxpr = str(jax.make_jaxpr(jax.grad(solved_by_closure))(jnp.array(2.0)))
+    assert jaxpr.count("while[") == 1
+
+
+def captured_by_optimistix(b):
+    def residual(y, _):
+        return y**3 + y - b
+
+    layer = eqi.ImplicitFunction(eqi.Root(residual), optx.Newton(**NEWTON))
+    return layer(jnp.array(0.5))
+
+
+def test_gradient_flows_to_a_captured_array_under_an_optimistix_solver():
+    @jax.jit
+    def run(b):
+        f = captured_by_optimistix
+        return jax.jacfwd(f)(b), jax.grad(f)(b), jax.grad(jax.grad(f))(b)
+
+    assert_close(run(jnp.array(2.0)), (SLOPE, SLOPE, CURVATURE))
+
+
+def test_captured_array_and_argument_both_have_a_derivative():
+    def solution(b, c):
+        layer = eqi.ImplicitFunction(
+            eqi.Root(lambda y, c: y**3 + y - b * c), optx.Newton(**NEWTON)
+        )
+        return layer(jnp.array(0.5), c)
+
+    gradient = jax.jit(jax.grad(solution, argnums=(0, 1)))(jnp.array(4.0), 0.5)
+    assert_close(gradient, (0.5 * SLOPE, 4.0 * SLOPE))
+
+
+def test_layer_inside_the_objective_of_another_layer():
+    # z minimises (z - y(b))², so z = y(b), with y from the inner layer.
+    def outer(b):
+        def objective(z, _):
+            return (z - solved_by_closure(b)) ** 2
+
+        layer = eqi.ImplicitFunction(
+            eqi.Minimum(objective), lambda z0, _: solved_by_closure(b)
+        )
+        return layer(jnp.array(0.0))
+
+    assert_close(jax.jit(jax.grad(outer))(jnp.array(2.0)), SLOPE)
+
+
+def test_python_solver_reads_the_value_of_an_array_that_it_captured():
+    def solved(b):
+        def solver(y0, _):
+            y = float(y0)
+            while abs(y**3 + y - float(b)) > 1e-13:  # needs a value
+                y = y - (y**3 + y - float(b)) / (3 * y**2 + 1)
+            return jnp.array(y)
+
+        condition = eqi.Root(lambda y, _: y**3 + y - b)
+        return eqi.ImplicitFunction(condition, solver)(0.5)
+
+    assert_close(jax.grad(solved)(jnp.array(2.0)), SLOPE)
+    assert_close(jax.jvp(solved, (jnp.array(2.0),), (jnp.array(1.0),))[1], SLOPE)
+    assert_close(jax.grad(jax.grad(solved))(jnp.array(2.0)), CURVATURE)
+
+
+class PythonSolver(eqx.Module):
+    target: jax.Array
+
+    def run(self, y0, _):
+        del y0
+        return jnp.array(cubic_root(float(self.target)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b: lambda y0, _: jnp.array(cubic_root(float(b))),
+        lambda b: lambda y0, _, bound=b: jnp.array(cubic_root(float(bound))),
+        lambda b: functools.partial(
+            lambda b, y0, _: jnp.array(cubic_root(float(b))), b
+        ),
+        lambda b: jax.tree_util.Partial(
+            lambda b, y0, _: jnp.array(cubic_root(float(b))), b
+        ),
+        lambda b: PythonSolver(b).run,
+        lambda b: (lambda inner: lambda y0, _: inner(y0))(
+            lambda y0: jnp.array(cubic_root(float(b)))
+        ),
+    ],
+    ids=["closure", "default", "partial", "Partial", "bound method", "nested closure"],
+)
+def test_python_solver_gets_concrete_values_however_it_carries_an_array(make):
+    def solved(b):
+        condition = eqi.Root(lambda y, _: y**3 + y - b)
+        return eqi.ImplicitFunction(condition, make(b))(jnp.array(0.5))
+
+    assert_close(jax.grad(solved)(jnp.array(2.0)), SLOPE)
+
+
+def test_solver_may_keep_a_count_in_an_outer_variable():
+    count = 0
+
+    def solved(b):
+        def solver(y0, _):
+            nonlocal count
+            count += 1
+            return jnp.array(cubic_root(float(b)))
+
+        condition = eqi.Root(lambda y, _: y**3 + y - b)
+        return eqi.ImplicitFunction(condition, solver)(jnp.array(0.5))
+
+    jax.grad(solved)(jnp.array(2.0))
+    assert count == 1
+
+
+def test_error_names_the_tracer_that_an_untraceable_solver_captured():
+    def solved(stiffness):
+        def solver(y0, _):
+            return jnp.array(cubic_root(float(stiffness)))
+
+        condition = eqi.Root(lambda y, _: y**3 + y - stiffness)
+        return eqi.ImplicitFunction(condition, solver)(jnp.array(0.5))
+
+    with pytest.raises(ValueError, match=r"`stiffness \(captured.*`, float64\[\]"):
+        jax.jit(jax.grad(solved))(jnp.array(2.0))
+    with pytest.raises(ValueError, match="stiffness"):
+        jax.vmap(solved)(jnp.array([1.0, 2.0]))
+
+
+def test_error_names_the_traced_argument_of_an_untraceable_solver():
+    def solver(y0, args):
+        return jnp.array(cubic_root(float(args["load"][0])))
+
+    layer = eqi.ImplicitFunction(
+        eqi.Root(lambda y, args: y**3 + y - args["load"][0]), solver
+    )
+    with pytest.raises(ValueError, match=r"`args\['load'\]`, float64\[1\]"):
+        jax.jit(lambda args: layer(jnp.array(0.5), args))({"load": jnp.array([2.0])})
+
+
+def test_condition_that_captured_an_integer_array_and_a_key():
+    index, key = jnp.array([1, 0]), jax.random.key(0)
+    noise = jax.random.normal(key, (2,))
+
+    def solved(b):
+        def residual(y, _):
+            return y - b[index] * (1 + jax.random.normal(key, (2,)))
+
+        y = jax.lax.stop_gradient(b)[index] * (1 + noise)
+        return jnp.sum(eqi.implicit_solution(eqi.Root(residual), y))
+
+    gradient = jax.jit(jax.grad(solved))(jnp.array([1.0, 2.0]))
+    assert_close(gradient, (1 + noise)[jnp.array([1, 0])])
+
+
+# --- particles: soft spheres in a periodic box ---------------------------------------
+
+BOX = 4.83045891539648
+MINIMUM = np.array(
+    [
+        [2.639258839135211, 4.388855860544396],
+        [3.042546749314376, 2.45458039598961],
+        [1.268021170993117, 3.017618192402303],
+        [1.831058967405809, 1.243092614081045],
+        [4.727242418247504, 1.64638052426021],
+        [4.323954508068338, 3.580655988814996],
+        [0.7049833745804247, 4.792143770723562],
+    ]
+)
+ENERGY = 0.061594302734025386
+# Row 0 of each gradient with respect to the (7, 7) parameters.
+BY_ROW = {
+    "energy": (
+        [
+            0.0,
+            0.00297984491793,
+            0.00736627062396,
+            0.0153539954649,
+            0.0,
+            0.0153539954649,
+            0.00297984491793,
+        ],
+        [
+            0.0,
+            -0.000178949543077,
+            -0.000922006865309,
+            -0.00348098533602,
+            0.0,
+            -0.00348098533602,
+            -0.000178949543077,
+        ],
+    ),
+    "contact": (
+        [
+            0.0,
+            1.98381138483,
+            2.9342599796,
+            -1.02783872071,
+            0.0,
+            -1.02783872071,
+            1.98381138483,
+        ],
+        [
+            0.0,
+            -0.216688262452,
+            -0.663367422421,
+            0.423532789524,
+            0.0,
+            0.423532789524,
+            -0.216688262452,
+        ],
+    ),
+}
+
+
+def squared_distances(positions):
+    shift = positions[:, None] - positions[None]
+    shift = jnp.mod(shift + BOX / 2, BOX) - BOX / 2
+    return jnp.sum(shift**2, axis=-1) + jnp.eye(7)  # no zero under the root
+
+
+def energy(positions, sigma, alpha):
+    """`½ Σ (1 - r/σ)^α / α` over ordered pairs that overlap."""
+    distance = jnp.sqrt(squared_distances(positions))
+    overlap = (distance < sigma) & ~jnp.eye(7, dtype=bool)
+    depth = jnp.where(overlap, 1 - distance / sigma, 1.0)
+    return jnp.sum(jnp.where(overlap, depth**alpha / alpha, 0.0)) / 2
+
+
+def contact(positions, sigma, alpha):
+    """`Σ r²` over ordered pairs with `r < 2`: not minimal, unlike the energy."""
+    del sigma, alpha
+    squared = squared_distances(positions)
+    return jnp.sum(jnp.where((squared < 4) & ~jnp.eye(7, dtype=bool), squared, 0.0))
+
+
+_force = jax.jit(jax.grad(energy))
+_hessian = jax.jit(jax.hessian(energy))
+
+
+def relaxed(start, sigma, alpha):
+    """Newton's method in NumPy on the forces; it closes over nothing traced."""
+    positions = np.array(start)
+    for _ in range(20):
+        force = np.asarray(_force(positions, sigma, alpha)).ravel()
+        if float(np.abs(force).max()) < 1e-13:
+            break
+        hessian = np.asarray(_hessian(positions, sigma, alpha)).reshape(14, 14)
+        step = np.linalg.lstsq(hessian, force, rcond=1e-8)[0]
+        positions = positions - step.reshape(7, 2)
+    return positions
+
+
+@pytest.mark.parametrize(
+    ("outer", "rows"),
+    [(energy, "energy"), (contact, "contact")],
+    ids=["energy", "contact"],
+)
+def test_particle_gradients_need_the_implicit_term_or_not(outer, rows):
+    # The gradient of the energy itself is right even without the implicit term: the
+    # force vanishes. That of the contacts is not, and is zero without it.
+    sigma, alpha = jnp.full((7, 7), 2.0), jnp.full((7, 7), 2.0)
+    start = MINIMUM + 0.01 * np.sin(np.arange(14.0)).reshape(7, 2)
+
+    def loss(sigma, alpha):
+        # The way the field writes it: everything by closure, no argument at all.
+        def force(positions, _):
+            return jax.grad(energy)(positions, sigma, alpha)
+
+        def solver(positions, _):
+            return relaxed(positions, np.asarray(sigma), np.asarray(alpha))
+
+        # Translations cost nothing: the Hessian has two zero modes.
+        adjoint = eqi.ImplicitAdjoint(linear_solver=lx.SVD(rcond=1e-8))
+        layer = eqi.ImplicitFunction(eqi.Root(force), solver, adjoint)
+        return outer(layer(start), sigma, alpha)
+
+    value, (by_sigma, by_alpha) = jax.value_and_grad(loss, argnums=(0, 1))(sigma, alpha)
+    expected_value = {"energy": ENERGY, "contact": 125.31538607910302}[rows]
+    assert_close(value, expected_value, tol=EXACT)
+    assert_close(
+        (by_sigma[0], by_alpha[0]), [np.array(r) for r in BY_ROW[rows]], PARTICLES
+    )

@@ -1,0 +1,245 @@
+"""Decorators give a derivative to a solver that exists already."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from problems import assert_close, FIXED_POINT, ROOT
+
+import eqximplicit as eqi
+
+X = np.array([[1.0, 0.2], [0.5, -1.0], [-0.3, 0.8], [0.9, 0.4]])
+Y = np.array([1.0, -0.5, 0.3, 2.0])
+DATA = (jnp.array(X), jnp.array(Y))
+
+
+def ridge_optimality(w, data, l2, *, offset=0.0):
+    x, y = data
+    return x.T @ (x @ w - y) + l2 * (w - offset)
+
+
+def ridge_python(w0, data, l2, *, offset=0.0):
+    """Ridge regression by NumPy, which JAX cannot trace."""
+    del w0
+    x, y = (np.asarray(leaf) for leaf in data)
+    gram = x.T @ x + float(l2) * np.eye(2)
+    return np.linalg.solve(gram, x.T @ y + float(l2) * float(offset))
+
+
+def ridge_truth(data, l2, offset=0.0):
+    x, y = data
+    return jnp.linalg.solve(
+        x.T @ x + l2 * jnp.eye(2), x.T @ y + l2 * offset * jnp.ones(2)
+    )
+
+
+def total(w):
+    return jnp.sum(w**2)
+
+
+def test_custom_root_takes_several_positional_arguments():
+    ridge = eqi.custom_root(ridge_optimality)(ridge_python)
+    gradient = jax.grad(lambda data, l2: total(ridge(None, data, l2)), argnums=(0, 1))
+    expected = jax.grad(lambda data, l2: total(ridge_truth(data, l2)), argnums=(0, 1))
+    assert_close(gradient(DATA, 0.3), expected(DATA, 0.3))
+
+
+def test_custom_root_takes_keyword_arguments():
+    ridge = eqi.custom_root(ridge_optimality)(ridge_python)
+
+    def loss(l2, offset):
+        return total(ridge(None, DATA, l2=l2, offset=offset))
+
+    def truth(l2, offset):
+        return total(ridge_truth(DATA, l2, offset))
+
+    gradient = jax.grad(loss, argnums=(0, 1))(0.3, 0.7)
+    assert_close(gradient, jax.grad(truth, argnums=(0, 1))(0.3, 0.7))
+
+
+def test_decorated_solver_returns_what_it_returned_and_keeps_its_name():
+    @eqi.custom_root(ridge_optimality)
+    def ridge(w0, data, l2):
+        """Fits."""
+        return ridge_python(w0, data, l2)
+
+    assert ridge.__name__ == "ridge"
+    assert ridge.__doc__ == "Fits."
+    value = ridge(np.zeros(2), DATA, 0.3)
+    np.testing.assert_array_equal(value, ridge_python(None, DATA, 0.3))
+
+
+def test_decorated_solver_works_in_forward_mode_and_to_second_order():
+    ridge = eqi.custom_root(ridge_optimality, tags=lx.symmetric_tag)(ridge_python)
+    solve, truth = (
+        (lambda l2: ridge(None, DATA, l2)),
+        (lambda l2: ridge_truth(DATA, l2)),
+    )
+    assert_close(jax.jacfwd(solve)(0.3), jax.jacfwd(truth)(0.3))
+    second = lambda f: jax.grad(jax.grad(lambda l2: total(f(l2))))(0.3)
+    assert_close(second(solve), second(truth))
+
+
+def test_decorated_traceable_solver_works_under_jit_and_vmap():
+    @eqi.custom_root(ridge_optimality, linear_solver=lx.LU())
+    def ridge(w0, data, l2):
+        x, y = data
+        step = lambda _, w: w - 0.2 * ridge_optimality(w, data, l2)
+        return jax.lax.fori_loop(0, 300, step, w0)
+
+    @jax.jit
+    def run(l2s):
+        one = lambda l2: total(ridge(jnp.zeros(2), DATA, l2))
+        return jax.vmap(jax.grad(one))(l2s)
+
+    l2s = jnp.array([0.1, 0.3, 1.0])
+    expected = jax.vmap(jax.grad(lambda l2: total(ridge_truth(DATA, l2))))(l2s)
+    assert_close(run(l2s), expected)
+
+
+def test_auxiliary_output_stays_beside_the_solution():
+    @eqi.custom_root(ridge_optimality, has_aux=True)
+    def ridge(w0, data, l2):
+        return ridge_python(w0, data, l2), {"steps": 3, "note": "direct"}
+
+    def loss(l2):
+        w, aux = ridge(None, DATA, l2)
+        return total(w), aux
+
+    gradient, aux = jax.grad(loss, has_aux=True)(0.3)
+    assert_close(gradient, jax.grad(lambda l2: total(ridge_truth(DATA, l2)))(0.3))
+    assert aux == {"steps": 3, "note": "direct"}
+
+
+def test_optimality_may_take_the_auxiliary_output_of_the_solver():
+    def optimality(w, rows, data, l2):
+        x, y = data
+        x, y = x[rows["kept"]], y[rows["kept"]]
+        return x.T @ (x @ w - y) + l2 * w
+
+    @eqi.custom_root(optimality, has_aux=True, takes_aux=True)
+    def trimmed(w0, data, l2):
+        kept = [i for i in range(4) if float(data[1][i]) < 1.5]  # a list that grows
+        rows = {"kept": jnp.array(kept)}
+        x, y = (leaf[rows["kept"]] for leaf in data)
+        return ridge_python(w0, (x, y), l2), rows
+
+    def truth(data, l2):
+        return total(ridge_truth((data[0][:3], data[1][:3]), l2))
+
+    gradient = jax.grad(lambda data, l2: total(trimmed(None, data, l2)[0]), (0, 1))
+    assert_close(gradient(DATA, 0.3), jax.grad(truth, (0, 1))(DATA, 0.3))
+
+
+@pytest.mark.parametrize("argnums", [1, 2, (1, 2)])
+def test_argnums_choose_which_arguments_have_a_derivative(argnums):
+    ridge = eqi.custom_root(ridge_optimality, argnums=argnums)(ridge_python)
+    gradient = jax.grad(lambda data, l2: total(ridge(None, data, l2)), argnums=(0, 1))
+    truth = jax.grad(lambda data, l2: total(ridge_truth(data, l2)), argnums=(0, 1))
+    chosen = {argnums} if isinstance(argnums, int) else set(argnums)
+    expected = [
+        leaf if i in chosen else jax.tree.map(jnp.zeros_like, leaf)
+        for i, leaf in enumerate(truth(DATA, 0.3), start=1)
+    ]
+    assert_close(gradient(DATA, 0.3), expected)
+
+
+@pytest.mark.parametrize("argnums", [0, 3, (1, 5)])
+def test_argnums_out_of_range_are_refused(argnums):
+    ridge = eqi.custom_root(ridge_optimality, argnums=argnums)(ridge_python)
+    with pytest.raises(ValueError, match=r"argnums.*between 1 and 2"):
+        ridge(None, DATA, 0.3)
+
+
+@pytest.mark.parametrize("container", [list, tuple], ids=["list", "tuple"])
+def test_custom_fixed_point_of_a_state_with_structure(container):
+    def fixed_point_map(state, args):
+        image = FIXED_POINT.fn(jnp.append(state[0], state[1]), args)
+        return container((image[0], image[1:]))
+
+    @eqi.custom_fixed_point(fixed_point_map)
+    def solve(state0, args):
+        y = FIXED_POINT.solve(np.append(state0[0], state0[1]), args)
+        return container((y[0], y[1:]))
+
+    state0 = container((np.array(0.0), np.zeros(2)))
+    loss = lambda args: jnp.sum(solve(state0, args)[1])
+    gradient = jax.grad(loss)(FIXED_POINT.args)
+    expected = [leaf[1:].sum(0) for leaf in FIXED_POINT.jacobian(FIXED_POINT.args)]
+    assert_close(gradient, expected)
+
+
+def test_guess_of_a_decorated_solver_has_zero_derivative():
+    solve = eqi.custom_root(ROOT.fn)(lambda y0, args: ROOT.solution(args) + 0 * y0)
+    gradient = jax.grad(lambda y0: jnp.sum(solve(y0, ROOT.args)))(jnp.zeros(3))
+    assert_close(gradient, jnp.zeros(3), tol=0)
+
+
+def test_gradient_flows_to_what_decorated_solver_and_optimality_captured():
+    def loss(l2):
+        @eqi.custom_root(lambda w, data: ridge_optimality(w, data, l2))
+        def ridge(w0, data):
+            return ridge_python(w0, data, float(l2))
+
+        return total(ridge(None, DATA))
+
+    assert_close(
+        jax.grad(loss)(0.3), jax.grad(lambda l2: total(ridge_truth(DATA, l2)))(0.3)
+    )
+
+
+# --- published numbers --------------------------------------------------------------
+
+
+def imaml_problem():
+    """A linear network on four inputs, in float64; see the numbers below."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 4)), rng.normal(size=(20, 1))
+    return jnp.array(x), jnp.array(y)
+
+
+def test_meta_gradient_of_a_proximal_inner_problem():
+    # φ*(θ) = argmin mean (x φ_w + φ_b - y)² + ½ |φ - θ|²; a state of two leaves.
+    x, y = imaml_problem()
+    theta = {"weight": jnp.ones((1, 4)), "bias": jnp.zeros(1)}
+
+    def objective(phi, theta):
+        predictions = x @ phi["weight"].T + phi["bias"][None]
+        proximal = sum(jnp.sum((phi[k] - theta[k]) ** 2) for k in phi)
+        return jnp.mean((predictions - y) ** 2) + proximal / 2
+
+    @eqi.custom_root(jax.grad(objective))
+    def inner(phi, theta):
+        step = jax.tree.map(
+            lambda p, g: p - 0.2 * g, phi, jax.grad(objective)(phi, theta)
+        )
+        for _ in range(200):
+            grads = grad_objective(step, theta)
+            step = jax.tree.map(lambda p, g: p - 0.2 * g, step, grads)
+        return step
+
+    grad_objective = jax.jit(jax.grad(objective))
+
+    def outer(theta):
+        phi = inner(theta, theta)
+        return jnp.mean(x @ phi["weight"].T + phi["bias"][None])
+
+    gradient = jax.grad(outer)(theta)
+    # The problem is quadratic: dφ*/dθ is the inverse Hessian.
+    design = np.hstack([np.asarray(x), np.ones((20, 1))])
+    hessian = 2 * design.T @ design / 20 + np.eye(5)
+    expected = np.linalg.solve(hessian, design.mean(0))
+    assert_close(
+        (gradient["weight"][0], gradient["bias"]), (expected[:4], expected[4:])
+    )
+
+
+def test_partial_and_bound_method_may_be_decorated():
+    partial = functools.partial(ridge_python, offset=0.7)
+    optimality = functools.partial(ridge_optimality, offset=0.7)
+    ridge = eqi.custom_root(optimality)(partial)
+    gradient = jax.grad(lambda l2: total(ridge(None, DATA, l2)))(0.3)
+    assert_close(gradient, jax.grad(lambda l2: total(ridge_truth(DATA, l2, 0.7)))(0.3))
