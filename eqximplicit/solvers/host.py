@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from equinox import AbstractClassVar
+import optimistix as optx
+from jax.core import Tracer
 
 from .._solution import RESULTS
 
@@ -28,13 +29,13 @@ LOGGER = logging.getLogger("eqximplicit")
 Kind = Literal["root", "fixed_point", "minimise", "any"]
 
 # What a host solver may report; its index is what the callback returns.
-_CODES = (
+_CODES: tuple[RESULTS, ...] = (
     RESULTS.successful,
     RESULTS.host_failure,
-    RESULTS.nonlinear_max_steps_reached,
+    RESULTS.promote(optx.RESULTS.nonlinear_max_steps_reached),
     RESULTS.residual_too_large,
     RESULTS.local_minimum,
-    RESULTS.nonfinite,
+    RESULTS.promote(optx.RESULTS.nonfinite),
 )
 _OK, _FAILED, _MAX_STEPS, _TOO_LARGE, _LOCAL_MINIMUM, _NONFINITE = range(len(_CODES))
 _BUDGET = re.compile(r"max|limit|too many|has reached|iterations", re.IGNORECASE)
@@ -54,7 +55,7 @@ class AbstractHostSolver(eqx.Module):
         vanish, `"fixed_point"` the map, `"minimise"` the objective, `"any"` not used.
     """
 
-    kind: AbstractClassVar[Kind]
+    kind: ClassVar[Kind]
 
     @abc.abstractmethod
     def solve(
@@ -174,7 +175,7 @@ def _compile(flat_fn: Callable[[Any, Any], Any]) -> _Compiled:
 
 
 def _is_concrete(tree: Any) -> bool:
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(tree))
+    return not any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(tree))
 
 
 def _stopped(tree: Any) -> Any:

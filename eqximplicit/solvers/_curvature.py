@@ -1,0 +1,88 @@
+"""The smallest curvature at a stationary point: is it a minimum or a saddle?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.flatten_util as jfu
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from . import _vector_space as vs
+
+DENSE_SIZE = 64  # below it, n Hessian products and a dense eigenvalue problem are cheap
+LANCZOS_STEPS = 50
+
+Hvp = Callable[[Any], Any]
+
+
+def extreme_curvatures(hvp: Hvp, y: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the smallest eigenvalue of the Hessian and its spectral norm.
+
+    Dense up to `DENSE_SIZE` unknowns, else the extreme Ritz values of `LANCZOS_STEPS`
+    matrix-free Lanczos steps from a fixed random start. A Ritz value is never below
+    the smallest eigenvalue, so a negative one proves a saddle; one that is not negative
+    is strong evidence, no proof.
+
+    **Arguments:**
+
+    - `hvp`: the (real symmetric) Hessian as a linear map on states like `y`.
+    - `y`: a state; only shapes and dtypes are used.
+
+    **Returns:**
+
+    Two floats of shape `()`, in the widest real dtype of `y`.
+    """
+    ritz = _dense(hvp, y) if vs.size(y) <= DENSE_SIZE else _lanczos(hvp, y)
+    return jnp.min(ritz), jnp.max(jnp.abs(ritz))
+
+
+def _dense(hvp: Hvp, y: Any) -> Float[Array, " n"]:
+    with jax.numpy_dtype_promotion("standard"):
+        flat, unravel = jfu.ravel_pytree(y)
+        column = lambda basis: jfu.ravel_pytree(hvp(unravel(basis)))[0]
+        hessian = jax.vmap(column)(jnp.eye(flat.size, dtype=flat.dtype))
+    return jnp.linalg.eigvalsh((hessian + hessian.T) / 2)
+
+
+def _lanczos(hvp: Hvp, y: Any) -> Float[Array, " k"]:
+    """Returns Ritz values of the three-term recurrence.
+
+    Without reorthogonalisation: lost orthogonality only repeats Ritz values that have
+    already converged (C. C. Paige, 1980), which does no harm to their extremes.
+    """
+    dtype = vs.real_dtype(y)
+    zero = jnp.zeros((), dtype)
+
+    def body(
+        carry: tuple[Any, Any, Float[Array, ""]], _: None
+    ) -> tuple[tuple[Any, Any, Float[Array, ""]], tuple[Array, Array]]:
+        previous, q, beta = carry
+        w = vs.add_scaled(hvp(q), -beta, previous)
+        alpha = vs.dot(w, q, dtype)
+        w = vs.add_scaled(w, -alpha, q)
+        new_beta = vs.length(w, dtype)
+        # An invariant subspace ends the recurrence: a zero vector adds Ritz values 0.
+        exhausted = new_beta <= jnp.finfo(dtype).eps * jnp.abs(alpha)
+        new_beta = jnp.where(exhausted, 0, new_beta)
+        inverse = jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, new_beta))
+        return (q, vs.scaled(inverse, w), new_beta), (alpha, new_beta)
+
+    start = _unit_random(y, dtype)
+    carry = (vs.zeros_like(y), start, zero)
+    _, (alphas, betas) = jax.lax.scan(body, carry, None, length=LANCZOS_STEPS)
+    off = jnp.diag(betas[:-1], 1)
+    return jnp.linalg.eigvalsh(jnp.diag(alphas) + off + off.T)
+
+
+def _unit_random(y: Any, dtype: jnp.dtype) -> Any:
+    leaves, structure = jtu.tree_flatten(y)
+    keys = jr.split(jr.key(0), len(leaves))
+    noise = [
+        jr.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    tree = jtu.tree_unflatten(structure, noise)
+    return vs.scaled(1 / vs.length(tree, dtype), tree)

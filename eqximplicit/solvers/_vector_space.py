@@ -1,0 +1,124 @@
+"""Linear algebra on pytrees, leaf by leaf: no ravel, every leaf keeps its dtype.
+
+A state may hold float32 beside float64. Scalars (step lengths, inner products) then
+live in the widest real dtype of the state, and are cast to a leaf's dtype where they
+meet it, so that nothing is promoted behind the user's back.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float
+
+T = TypeVar("T")
+
+
+def real_dtype(tree: Any) -> jnp.dtype:
+    """Returns the widest real floating dtype of the leaves (arrays or structs)."""
+    leaves: list[Any] = jtu.tree_leaves(tree)
+    with jax.numpy_dtype_promotion("standard"):
+        dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in leaves]
+        return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
+
+
+def resolution(tree: Any) -> float:
+    """Returns the coarsest machine epsilon among the leaves."""
+    leaves: list[Any] = jtu.tree_leaves(tree)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
+
+
+def size(tree: Any) -> int:
+    """Returns the number of scalar entries of all leaves."""
+    leaves: list[Any] = jtu.tree_leaves(tree)
+    return sum(leaf.size for leaf in leaves)
+
+
+def has_complex(tree: Any) -> bool:
+    """Returns whether a leaf is complex."""
+    leaves: list[Any] = jtu.tree_leaves(tree)
+    return any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves)
+
+
+def one_dtype(tree: Any) -> bool:
+    """Returns whether all leaves share one dtype."""
+    leaves: list[Any] = jtu.tree_leaves(tree)
+    return len({jnp.dtype(leaf.dtype) for leaf in leaves}) <= 1
+
+
+def add_scaled(x: T, scale: Float[Array, ""], direction: T) -> T:
+    """Returns `x + scale * direction`."""
+    return jtu.tree_map(
+        lambda xi, di: xi + scale.astype(xi.dtype) * di.astype(xi.dtype), x, direction
+    )
+
+
+def scaled(scale: Float[Array, ""], x: T) -> T:
+    """Returns `scale * x`."""
+    return jtu.tree_map(lambda xi: scale.astype(xi.dtype) * xi, x)
+
+
+def minus(x: T, y: T) -> T:
+    """Returns `x - y`."""
+    return jtu.tree_map(jnp.subtract, x, y)
+
+
+def negative_conjugate(x: T) -> T:
+    """Returns `-conj(x)`: the steepest descent direction of a JAX gradient `x`."""
+    return jtu.tree_map(lambda xi: -jnp.conj(xi), x)
+
+
+def zeros_like(x: T) -> T:
+    """Returns the zero vector of the space of `x` (arrays or structs)."""
+    return jtu.tree_map(lambda xi: jnp.zeros(xi.shape, xi.dtype), x)
+
+
+def select(pred: Bool[Array, ""], x: T, y: T) -> T:
+    """Returns `x` where `pred`, else `y`; leaves that are no arrays come from `x`."""
+
+    def pick(xi: Any, yi: Any) -> Any:
+        return jnp.where(pred, xi, yi) if eqx.is_array(xi) else xi
+
+    return jtu.tree_map(pick, x, y)
+
+
+def dot(x: Any, y: Any, dtype: jnp.dtype) -> Float[Array, ""]:
+    """Returns the real inner product `Re <x, y>`, summed in `dtype`."""
+
+    def leaf(xi: Array, yi: Array) -> Array:
+        return jnp.sum(jnp.real(jnp.conj(xi) * yi)).astype(dtype)
+
+    terms: list[Array] = jtu.tree_leaves(jtu.tree_map(leaf, x, y))
+    return ft.reduce(jnp.add, terms, jnp.zeros((), dtype))
+
+
+def length(x: Any, dtype: jnp.dtype) -> Float[Array, ""]:
+    """Returns the Euclidean length of `x`, in `dtype`."""
+    return jnp.sqrt(dot(x, x, dtype))
+
+
+def norm_of(norm: Callable[[Any], Array], x: Any, dtype: jnp.dtype) -> Float[Array, ""]:
+    """Returns `norm(x)` in `dtype`, with all leaves of `x` seen in one dtype."""
+    target = dtype
+    if has_complex(x):
+        with jax.numpy_dtype_promotion("standard"):
+            target = jnp.promote_types(dtype, jnp.complex64)
+    return norm(jtu.tree_map(lambda xi: xi.astype(target), x)).astype(dtype)
+
+
+def all_finite(x: Any) -> Bool[Array, ""]:
+    """Returns whether every entry is finite."""
+    flags: list[Array] = [jnp.all(jnp.isfinite(xi)) for xi in jtu.tree_leaves(x)]
+    return ft.reduce(jnp.logical_and, flags, jnp.array(True))
+
+
+def equal(x: Any, y: Any) -> Bool[Array, ""]:
+    """Returns whether all entries are equal."""
+    same: list[Array] = jtu.tree_leaves(
+        jtu.tree_map(lambda xi, yi: jnp.all(xi == yi), x, y)
+    )
+    return ft.reduce(jnp.logical_and, same, jnp.array(True))

@@ -1,0 +1,167 @@
+"""The default minimiser: chosen by size, verified by gradient and curvature."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Bool, Scalar
+
+from .._solution import Aux, Y
+from . import _vector_space as vs
+from ._verified import Problem, VerifiedDescent, VerifiedState
+
+SEARCH_TOL = 1e-4  # the search only has to come close: Newton steps do the rest
+
+
+class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
+    r"""A minimiser without knobs, whose success means a minimum.
+
+    It runs optimistix's `BFGS` (up to `dense_size` unknowns), `LBFGS` (above, or
+    `NonlinearCG` for a dtype that this one does not take), and no quasi-Newton phase at
+    all for leaves of several dtypes. Where that stops, trust-region Newton-CG goes on
+    until
+
+    $$\| \nabla f(y) \| \le \mathtt{atol}$$
+
+    at the very point that is returned. If rounding forbids that, a gradient below
+    `atol + rtol * norm(H y)` passes too: one that a relative change `rtol` of `y` would
+    cause. Then the Hessian's smallest eigenvalue is computed once (dense up to 64
+    unknowns, else by 50 Lanczos steps); if it is negative beyond rounding, the point
+    is reported as a saddle.
+
+    The steps contain `while` loops: derivatives come from the implicit function theorem
+    or forward mode; for reverse mode through the steps name `optimistix.BFGS`.
+
+    **Arguments:**
+
+    - `rtol`: relative change of `y` that is insignificant. Dimensionless.
+    - `atol`: the norm of the gradient that is asked for. Dimensionless.
+    - `norm`: the norm of the gradient; the default is the largest absolute entry.
+    - `dense_size`: up to this many unknowns an n x n inverse Hessian is kept.
+    - `search_steps`: the largest number of quasi-Newton steps before Newton-CG.
+
+    **Returns:** in `stats`, `result` (a finer [`eqximplicit.RESULTS`][]:
+    `saddle_point`, `unattainable_tolerance`, `nonfinite_start`), `min_curvature` (NaN
+    if the solve ended before) and `num_polish_steps`.
+
+    **Raises:**
+
+    - `ValueError`: a negative tolerance, or a complex state.
+
+    !!! example
+
+        ```python
+        optx.minimise(fn, eqi.AutoMinimiser(rtol=1e-8, atol=1e-8), y0, args)
+        ```
+
+    ??? cite "References"
+
+        J. Nocedal and S. J. Wright, *Numerical Optimization*, 2nd ed. (2006): chapter
+        6 (BFGS), algorithm 7.2 (Newton-CG in a trust region).
+    """
+
+    rtol: float = 1e-8
+    atol: float = 1e-8
+    norm: Callable[[Any], Scalar] = optx.max_norm
+    dense_size: int = 300
+    search_steps: int = 100
+
+    def __check_init__(self) -> None:
+        check_tolerances("AutoMinimiser", self.rtol, self.atol)
+
+    def _driver(self, y: Y) -> VerifiedDescent:
+        tol = max(self.rtol, SEARCH_TOL)
+        return VerifiedDescent(
+            search=_by_size(y, self.dense_size, tol),
+            objective=lambda value: value,
+            search_steps=self.search_steps,
+            rtol=self.rtol,
+            atol=self.atol,
+            norm=self.norm,
+        )
+
+    def init(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: Any,
+        options: dict[str, Any],
+        f_struct: jax.ShapeDtypeStruct,
+        aux_struct: Any,
+        tags: frozenset[object],
+    ) -> VerifiedState:
+        """Returns the state of the first phase at `y`."""
+        refuse_complex("AutoMinimiser", y)
+        problem = Problem(fn, args, options, tags)
+        return self._driver(y).init(problem, y, f_struct, aux_struct)
+
+    def step(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: Any,
+        options: dict[str, Any],
+        state: VerifiedState,
+        tags: frozenset[object],
+    ) -> tuple[Y, VerifiedState, Aux]:
+        """Returns the next point, by the phase that the solve is in."""
+        problem = Problem(fn, args, options, tags)
+        return self._driver(y).step(problem, y, state)
+
+    def terminate(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: Any,
+        options: dict[str, Any],
+        state: VerifiedState,
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        """Returns whether the point has been judged, and how."""
+        del fn, args, options, tags
+        return self._driver(y).terminate(state)
+
+    def postprocess(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        aux: Aux,
+        args: Any,
+        options: dict[str, Any],
+        state: VerifiedState,
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        """Returns `y` and the verdict in `stats`."""
+        del fn, args, options, tags
+        return y, aux, self._driver(y).stats(state, result)
+
+
+def _by_size(
+    y: Any, dense_size: int, tol: float
+) -> optx.AbstractMinimiser[Any, Any, Any] | None:
+    if not vs.one_dtype(y):
+        return None  # optimistix's minimisers promote across leaves
+    if vs.size(y) <= dense_size:
+        return optx.BFGS(rtol=tol, atol=tol)
+    if vs.real_dtype(y) == jnp.result_type(float):
+        return optx.LBFGS(rtol=tol, atol=tol)
+    return optx.NonlinearCG(rtol=tol, atol=tol)  # LBFGS keeps its history in `float`
+
+
+def check_tolerances(name: str, rtol: float, atol: float) -> None:
+    """Refuses a negative or NaN tolerance, by the name of the solver."""
+    for key, value in (("rtol", rtol), ("atol", atol)):
+        if not value >= 0:
+            raise ValueError(f"`{name}({key}=...)` must be at least 0; got {value}.")
+
+
+def refuse_complex(name: str, y: Any) -> None:
+    """Refuses a complex state, by the name of the solver."""
+    if vs.has_complex(y):
+        raise ValueError(
+            f"`{name}` minimises over real states; got a complex leaf. Pass its real "
+            "and imaginary part as two leaves, or use `FIRE`."
+        )
