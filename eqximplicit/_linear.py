@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree
 
@@ -45,6 +46,10 @@ def _checked_compute(
     ok = finite & rule.trusted & is_successful(result)
     checked = select(ok, solution, filled(solution, jnp.nan))
     return select(asked, checked, filled(solution, 0))
+
+
+def _several(tree: PyTree[Array]) -> bool:
+    return len(jtu.tree_leaves(tree)) > 1
 
 
 def differentiable_linear_solve(
@@ -82,9 +87,12 @@ def differentiable_linear_solve(
         transposed, options = rule.solver.transpose(state, rule.options)
         return _checked_compute(rule, transposed, options, b)
 
+    # One primitive joins the leaves: the transpose rule of `custom_linear_solve` wants
+    # all of them to depend on θ as soon as one does.
+    joined = jax.lax.optimization_barrier(vector) if _several(vector) else vector
     return jax.lax.custom_linear_solve(
         operator.mv,
-        vector,
+        joined,
         solve,
         transpose_solve,
         symmetric=lx.is_symmetric(operator),

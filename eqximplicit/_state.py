@@ -26,7 +26,8 @@ def describe(leaf: object) -> str:
     if isinstance(leaf, (bool, int, float, complex, str)) or leaf is None:
         return f"{type(leaf).__name__} {leaf!r}"
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"  # pyright: ignore[reportAttributeAccessIssue]
+        dtype = getattr(leaf.dtype, "name", leaf.dtype)  # a random key's has no name
+        return f"{dtype}{list(leaf.shape)}"  # pyright: ignore[reportAttributeAccessIssue]
     return f"an object of type {type(leaf).__name__}"
 
 
@@ -58,14 +59,22 @@ def as_state(y0: PyTree) -> PyTree[Array]:
     """`y0` with array leaves of inexact dtype: integers are promoted to floats.
 
     **Raises:** `ValueError` naming the leaf, for a leaf that is no number, and for a
-    state without leaves.
+    state without a single entry.
     """
     if not jtu.tree_leaves(y0):
         raise ValueError(
             f"The state `y0` is empty: got {y0!r}, which has no leaves. Pass the "
             "initial guess, a pytree with at least one number or array."
         )
-    return jtu.tree_map_with_path(_as_state_leaf, y0)
+    state = jtu.tree_map_with_path(_as_state_leaf, y0)
+    if all(leaf.size == 0 for leaf in jtu.tree_leaves(state)):
+        (path, leaf), *_ = jtu.tree_leaves_with_path(state)
+        raise ValueError(
+            f"The state `y0` is empty: `{leaf_name('y0', path)}` is {describe(leaf)} "
+            "and there is no other entry, so nothing is to be solved. For an empty "
+            "batch, `jax.vmap` the layer."
+        )
+    return state
 
 
 def struct_of(tree: PyTree[_Struct]) -> PyTree[jax.ShapeDtypeStruct]:
