@@ -20,6 +20,9 @@ from ._pattern import Structure
 _MAX_BYTES = 2**31
 _MIN_BLOCK = 16
 
+_Factor = tuple[Array, Array]  # LU and pivots of one block
+_Step = tuple[_Factor, Array]
+
 
 class Blocks:
     """Where the entries of a sparse matrix lie in a block-tridiagonal one.
@@ -87,13 +90,13 @@ def _matmul(a: Array, b: Array) -> Array:
 def _block_solve(left: Array, middle: Array, right: Array, rhs: Array) -> Array:
     r"""Block LU: `S_i = D_i - L_i W_{i-1}`, `W_i = S_i^{-1} U_i`."""
 
-    def eliminate(w: Array, blocks: tuple[Array, Array, Array]) -> tuple[Array, tuple]:
+    def eliminate(w: Array, blocks: tuple[Array, Array, Array]) -> tuple[Array, _Step]:
         left, middle, right = blocks
         factor = jsp.linalg.lu_factor(middle - _matmul(left, w))
         w = jsp.linalg.lu_solve(factor, right)
         return w, (factor, w)
 
-    def forward(y: Array, x: tuple[Array, tuple, Array]) -> tuple[Array, Array]:
+    def forward(y: Array, x: tuple[Array, _Factor, Array]) -> tuple[Array, Array]:
         left, factor, b = x  # S_i y_i = b_i - L_i y_{i-1}
         y = jsp.linalg.lu_solve(factor, b - _matmul(left, y))
         return y, y

@@ -7,14 +7,17 @@ result holds for all values and can be found while tracing.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.extend.core as jex
 import numpy as np
 import scipy.sparse as sp
+from jax.core import Tracer
 
-Pattern = sp.csr_array
+# Neither SciPy nor the equations of a jaxpr come with static types.
+Pattern: TypeAlias = Any  # sp.csr_array of booleans
+Equation: TypeAlias = Any  # jex.JaxprEqn
 
 
 class UnknownPrimitive(Exception):
@@ -35,7 +38,7 @@ class Traced:
         self.known = known
 
 
-Rule = Callable[[jex.JaxprEqn, list[Traced], int], Pattern | None]
+Rule = Callable[[Equation, list[Traced], int], Pattern | None]
 
 
 def _size(aval: Any) -> int:
@@ -70,7 +73,7 @@ def _chosen(size: int, rows: np.ndarray, cols: np.ndarray, right: Pattern) -> Pa
     return (left @ right).tocsr()
 
 
-def _elementwise(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None:
+def _elementwise(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     size = _size(eqn.outvars[0].aval)
     found = [t.pattern for t in ins if t.pattern is not None]
     wide = [
@@ -80,7 +83,7 @@ def _elementwise(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | 
     return _union(wide, limit)
 
 
-def _select(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None:
+def _select(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     if ins[0].pattern is not None:
         raise UnknownPrimitive(eqn.primitive.name)
     return _elementwise(eqn, ins, limit)
@@ -102,7 +105,7 @@ def _pad(operand: np.ndarray, fill: np.ndarray, config: Any) -> np.ndarray:
     return operand
 
 
-def _move(eqn: jex.JaxprEqn, ids: list[np.ndarray]) -> np.ndarray:
+def _move(eqn: Equation, ids: list[np.ndarray]) -> np.ndarray:
     """Does to an array of labels what the primitive does to its operands."""
     name, p, first = eqn.primitive.name, eqn.params, ids[0]
     shape = eqn.outvars[0].aval.shape
@@ -125,7 +128,7 @@ def _move(eqn: jex.JaxprEqn, ids: list[np.ndarray]) -> np.ndarray:
     return first.reshape(shape)  # reshape, squeeze, expand_dims
 
 
-def _labels(eqn: jex.JaxprEqn, ins: list[Traced]) -> tuple[list[np.ndarray], Any]:
+def _labels(eqn: Equation, ins: list[Traced]) -> tuple[list[np.ndarray], Any]:
     """Labels 1, 2, ... for the elements that depend on the input, 0 for the rest."""
     ids, found, start = [], [], 1
     for var, value in zip(eqn.invars, ins, strict=True):
@@ -140,14 +143,14 @@ def _labels(eqn: jex.JaxprEqn, ins: list[Traced]) -> tuple[list[np.ndarray], Any
     return ids, sp.vstack(found, format="csr")
 
 
-def _moving(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None:
+def _moving(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         raise UnknownPrimitive("reshape with dimensions")
     ids, stacked = _labels(eqn, ins)
     return _take_rows(stacked, _move(eqn, ids), limit)
 
 
-def _indexed(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None:
+def _indexed(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     """`gather`, `dynamic_slice`, ...: moves entries to where known integers say."""
     ids, stacked = _labels(eqn, ins)
     operands: list[Any] = []
@@ -161,13 +164,13 @@ def _indexed(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None
     return _take_rows(stacked, _evaluate(eqn, operands), limit)
 
 
-def _evaluate(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> np.ndarray:
+def _evaluate(eqn: Equation, operands: Sequence[Any]) -> np.ndarray:
     with jax.ensure_compile_time_eval():
         arrays = [jax.numpy.asarray(x) for x in operands]
         return np.asarray(eqn.primitive.bind(*arrays, **eqn.params))
 
 
-def _scatter_add(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None:
+def _scatter_add(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     operand, index, updates = ins
     if index.known is None:
         raise UnknownPrimitive("scatter-add with traced indices")
@@ -180,7 +183,7 @@ def _scatter_add(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | 
     return _union(found, limit)
 
 
-def _destinations(eqn: jex.JaxprEqn, index: np.ndarray) -> np.ndarray:
+def _destinations(eqn: Equation, index: np.ndarray) -> np.ndarray:
     """The label of the element to which each update is added; 0 where dropped."""
     out, moved = eqn.outvars[0].aval, eqn.invars[2].aval
     with jax.ensure_compile_time_eval():
@@ -198,7 +201,7 @@ def _destinations(eqn: jex.JaxprEqn, index: np.ndarray) -> np.ndarray:
     return np.asarray(taken).reshape(-1).astype(np.int64)
 
 
-def _reduce_sum(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None:
+def _reduce_sum(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     return _contract(
         ins[0].pattern, eqn.invars[0].aval.shape, eqn.params["axes"], limit
     )
@@ -215,7 +218,7 @@ def _contract(
     return _chosen(size, rows, np.arange(rows.size), pattern)
 
 
-def _dot_general(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> Pattern | None:
+def _dot_general(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     """Each side is summed over its contracted axes, then repeated along the other's."""
     contracted, batch = eqn.params["dimension_numbers"]
     found: list[Pattern] = []
@@ -261,7 +264,7 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def _constant(eqn: jex.JaxprEqn, ins: list[Traced]) -> list[Traced]:
+def _constant(eqn: Equation, ins: list[Traced]) -> list[Traced]:
     """Folds integers and booleans; everything else that is constant stays unknown."""
     avals = [v.aval for v in eqn.outvars]
     plain = len(avals) == 1 and avals[0].dtype.kind in "iub"
@@ -270,7 +273,7 @@ def _constant(eqn: jex.JaxprEqn, ins: list[Traced]) -> list[Traced]:
     return [Traced(known=_evaluate(eqn, [t.known for t in ins]))]
 
 
-def _inner(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+def _inner(eqn: Equation) -> jex.ClosedJaxpr | None:
     """The body of a call (`jit`, `custom_jvp_call`, `remat`, ...), if it is one."""
     if eqn.primitive.name in ("scan", "while", "cond"):
         return None
@@ -283,7 +286,7 @@ def _inner(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return None
 
 
-def _step(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> list[Traced]:
+def _step(eqn: Equation, ins: list[Traced], limit: int) -> list[Traced]:
     body = _inner(eqn)
     if body is not None and len(body.jaxpr.invars) == len(ins):
         consts = [Traced(known=known_value(c)) for c in body.consts]
@@ -298,7 +301,7 @@ def _step(eqn: jex.JaxprEqn, ins: list[Traced], limit: int) -> list[Traced]:
 
 def known_value(x: Any) -> np.ndarray | None:
     """The value of a concrete array of integers or booleans, else `None`."""
-    if isinstance(x, jax.core.Tracer) or not hasattr(x, "dtype"):
+    if isinstance(x, Tracer) or not hasattr(x, "dtype"):
         return None
     return np.asarray(x) if np.dtype(x.dtype).kind in "iub" else None
 
