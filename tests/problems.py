@@ -81,23 +81,24 @@ class Problem:
 
 def _root(y, args):
     weight, theta = args
-    return A @ jnp.sinh(y) - weight @ theta
+    return A.astype(y.dtype) @ jnp.sinh(y) - weight @ theta
 
 
 def _fixed_point(y, args):
     weight, theta = args
-    return jnp.arcsinh(C @ jnp.sinh(y) + weight @ theta)
+    return jnp.arcsinh(C.astype(y.dtype) @ jnp.sinh(y) + weight @ theta)
 
 
 def _objective(y, args):
     weight, theta = args
     v = jnp.sinh(y)
-    return v @ (W @ v) / 2 - v @ (weight @ theta)
+    return v @ (W.astype(y.dtype) @ v) / 2 - v @ (weight @ theta)
 
 
 def _residuals(y, args):
     weight, theta = args
-    return K @ jnp.sinh(y) - E @ (weight @ theta)
+    k, e = K.astype(y.dtype), E.astype(y.dtype)
+    return k @ jnp.sinh(y) - e @ (weight @ theta)
 
 
 ROOT = Problem("root", eqi.Root, _root, np.linalg.inv(A))

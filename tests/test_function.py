@@ -304,6 +304,30 @@ def test_vmap_and_grad_commute_over_a_layer():
     assert_close(grad_of_vmap, expected)
 
 
+def test_batch_may_be_over_the_guess_the_argument_or_both():
+    y0s, bs = jnp.array([0.5, 1.5]), jnp.array([2.0, 10.0])
+    layer = cubic_layer()
+    cases = {
+        (0, 0): (y0s, bs, [1 / 4, 1 / 13]),
+        (None, 0): (y0s[0], bs, [1 / 4, 1 / 13]),
+        (0, None): (y0s, bs[0], [1 / 4, 1 / 4]),
+    }
+
+    @jax.jit
+    def run():
+        gradients = {}
+        for in_axes, (y0, b, _) in cases.items():
+            mean = lambda b, y0=y0, axes=in_axes: jnp.mean(jax.vmap(layer, axes)(y0, b))
+            gradients[in_axes] = jax.grad(mean)(b)
+        return gradients
+
+    gradients = run()
+    for in_axes, (_, _, slopes) in cases.items():
+        lanes = np.array(slopes) / 2
+        expected = lanes.sum() if in_axes[1] is None else lanes
+        assert_close(gradients[in_axes], expected)
+
+
 def test_vmap_over_an_ensemble_of_layers():
     alphas, betas = jnp.array([10.0, 8.0]), jnp.array([3.0, 2.0])
 
