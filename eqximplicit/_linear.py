@@ -48,8 +48,11 @@ def _checked_compute(
     return select(asked, checked, filled(solution, 0))
 
 
-def _several(tree: PyTree[Array]) -> bool:
-    return len(jtu.tree_leaves(tree)) > 1
+def _joined(tree: PyTree[Array]) -> PyTree[Array]:
+    # The transpose rule of `custom_linear_solve` wants all leaves of a right-hand side,
+    # `b`, `Ȧx` or `Ȧᵀx`, to depend on θ as soon as one does. One primitive joins them.
+    several = len(jtu.tree_leaves(tree)) > 1
+    return jax.lax.optimization_barrier(tree) if several else tree
 
 
 def differentiable_linear_solve(
@@ -87,12 +90,9 @@ def differentiable_linear_solve(
         transposed, options = rule.solver.transpose(state, rule.options)
         return _checked_compute(rule, transposed, options, b)
 
-    # One primitive joins the leaves: the transpose rule of `custom_linear_solve` wants
-    # all of them to depend on θ as soon as one does.
-    joined = jax.lax.optimization_barrier(vector) if _several(vector) else vector
     return jax.lax.custom_linear_solve(
-        operator.mv,
-        joined,
+        lambda x: _joined(operator.mv(_joined(x))),
+        _joined(vector),
         solve,
         transpose_solve,
         symmetric=lx.is_symmetric(operator),
