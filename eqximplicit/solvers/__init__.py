@@ -1,0 +1,11 @@
+from .auto_least_squares import AutoLeastSquares as AutoLeastSquares
+from .auto_minimiser import AutoMinimiser as AutoMinimiser
+from .auto_root_finder import AutoRootFinder as AutoRootFinder
+from .fire import FIRE as FIRE
+from .host import (
+    AbstractHostSolver as AbstractHostSolver,
+    HostSolver as HostSolver,
+    ScipyFixedPoint as ScipyFixedPoint,
+    ScipyMinimize as ScipyMinimize,
+    ScipyRoot as ScipyRoot,
+)
