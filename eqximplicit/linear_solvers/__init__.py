@@ -2,8 +2,13 @@ from .auto import AutoLinearSolver as AutoLinearSolver, Selection as Selection
 from .checked import Checked as Checked
 from .dense import DirectLU as DirectLU, DirectSymmetric as DirectSymmetric
 from .krylov import HybridKrylov as HybridKrylov
+from .least_norm import LeastNorm as LeastNorm
+from .neumann import Neumann as Neumann
+from .normal_cg import NormalCG as NormalCG
+from .nystrom import Nystrom as Nystrom
 from .sparse import (
     detect_structure as detect_structure,
     SparseDirect as SparseDirect,
     Structure as Structure,
 )
+from .tikhonov import Tikhonov as Tikhonov

@@ -68,8 +68,8 @@ def any_lane(pred: Bool[Array, ""]) -> Bool[Array, ""]:
     return pred
 
 
-@any_lane.def_vmap  # pyright: ignore[reportUntypedFunctionDecorator]
-def _any_lane_vmap(  # pyright: ignore[reportUnusedFunction]
+@any_lane.def_vmap
+def _any_lane_vmap(
     axis_size: int, in_batched: list[bool], pred: Bool[Array, " lanes"]
 ) -> tuple[Bool[Array, ""], bool]:
     del axis_size, in_batched

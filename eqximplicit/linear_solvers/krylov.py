@@ -215,8 +215,8 @@ class HybridKrylov(lx.AbstractLinearSolver[KrylovState]):
 
         solve = custom_vmap(one)
 
-        @solve.def_vmap  # pyright: ignore[reportUntypedFunctionDecorator]
-        def _(  # pyright: ignore[reportUnusedFunction]
+        @solve.def_vmap
+        def _(
             lanes: int, batched: list[Any], arrays: Any, vector: Any
         ) -> tuple[_Outcome, Any]:
             axes = jtu.tree_map(lambda b: 0 if b else None, batched)

@@ -1,0 +1,94 @@
+"""The pseudo-inverse, for systems that are singular or not square."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree
+
+from ._residual import Answer, epsilon, measured, norm
+from ._spectral import decompose, lost, SpectralState, Structure, structure_key
+from .dense import consistency_limit, MAX_BYTES
+
+
+class LeastNormState(eqx.Module):
+    """A decomposition, and the structure of right-hand sides."""
+
+    spectrum: SpectralState
+    codomain: Structure = eqx.field(static=True)
+
+
+class LeastNorm(lx.AbstractLinearSolver[LeastNormState]):
+    r"""The minimum-norm solution $x = A^{+} b$ of a consistent system, singular or not.
+
+    Where the system has no solution, that is, where the measured residual
+    $\lVert b - Ax\rVert_2$ exceeds $\sqrt\epsilon\,\lVert b\rVert_2$, the result is
+    `lx.RESULTS.singular`, unless least squares is asked for. By singular values; by
+    eigenvectors for an operator with a symmetric tag. Any shape of operator.
+
+    In reverse mode the right-hand side is the cotangent of the solution, which need not
+    be in the range: `least_squares=True` then projects it, which is the transpose of
+    the forward rule.
+
+    **Arguments:**
+
+    - `rcond`: singular values up to this part of the largest count as zero; `None` is
+        `2 eps` times the larger dimension.
+    - `least_squares`: whether a system without a solution is answered by the least
+        squares solution of minimum norm, instead of being a failure.
+    - `max_bytes`: the largest matrix that is materialised, in bytes per lane.
+
+    **Options:**
+
+    - `project`: as `least_squares`, for one solve.
+    """
+
+    rcond: float | None = None
+    least_squares: bool = eqx.field(default=False, static=True)
+    max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> LeastNormState:
+        """Returns the decomposition of the matrix of `operator`, computed once."""
+        del options
+        spectrum = decompose(operator, self.max_bytes, "LeastNorm")
+        return LeastNormState(spectrum, structure_key(operator.out_structure()))
+
+    def compute(
+        self, state: LeastNormState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> Answer:
+        """Returns the solution, its result, `residual_norm`, and `rank`."""
+        b, _ = ravel_pytree(vector)
+        spectrum, eps = state.spectrum, epsilon(vector)
+        rows, cols = spectrum.u.shape[0], spectrum.vt.shape[1]
+        rcond = 2 * eps * max(rows, cols) if self.rcond is None else self.rcond
+        keep = spectrum.s > rcond * jnp.max(spectrum.s)
+        x, r = spectrum.apply(jnp.where(keep, 1 / jnp.where(keep, spectrum.s, 1), 0), b)
+        project = self.least_squares or options.get("project", False)
+        judged = lost(spectrum, r) if project else norm(r)
+        # With a large `rcond`, the values that were dropped remain in the residual.
+        rtol = max(consistency_limit(eps), rcond if project else 0)
+        x, result, stats = measured(x, b, judged, rtol=rtol, rank=jnp.sum(keep))
+        return spectrum.lay_out(x), result, stats | {"residual_norm": norm(r)}
+
+    def transpose(
+        self, state: LeastNormState, options: dict[str, Any]
+    ) -> tuple[LeastNormState, dict[str, Any]]:
+        """Returns the state of the transposed operator: the same decomposition."""
+        spectrum = state.spectrum
+        return LeastNormState(
+            spectrum.transpose(state.codomain), spectrum.domain
+        ), options
+
+    def conj(
+        self, state: LeastNormState, options: dict[str, Any]
+    ) -> tuple[LeastNormState, dict[str, Any]]:
+        """Returns the same state: operators are real."""
+        return state, options
+
+    def assume_full_rank(self) -> bool:
+        """Whether a singular operator is a failure: no."""
+        return False

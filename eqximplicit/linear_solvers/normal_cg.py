@@ -1,0 +1,109 @@
+"""Conjugate gradients on the normal equations, stopped early on purpose."""
+
+from typing import Any
+
+import equinox as eqx
+import lineax as lx
+from jaxtyping import Array, PyTree
+
+from ._residual import (
+    Answer,
+    approximate,
+    measured,
+    minus,
+    norm,
+    require_like,
+    require_real,
+    transposed_options,
+)
+
+
+class NormalCGState(eqx.Module):
+    """A linearised operator."""
+
+    operator: lx.AbstractLinearOperator
+
+
+class NormalCG(lx.AbstractLinearSolver[NormalCGState]):
+    r"""`max_steps` steps of conjugate gradients on $A^\top A x = A^\top b$.
+
+    As TorchOpt's `solve_normal_cg(maxiter=..., atol=...)` and jaxopt's: where the steps
+    are used up the answer is inexact by design, so the result is successful if it is
+    finite, and `stats["residual_norm"]` says how far it is off. Without `max_steps` it
+    runs to the tolerance, and a residual above it is a failure. The transposed system
+    is solved by its own normal equations, $A A^\top x = A b$. The iteration is lineax's
+    `CG` under `Normal`.
+
+    Products: two per step. The condition number is squared; for a symmetric positive
+    operator use `lineax.CG`, and `AutoLinearSolver` otherwise.
+
+    **Arguments:**
+
+    - `max_steps`: the number of steps; `None` to run to the tolerance.
+    - `rtol`, `atol`: stop earlier at `‖Aᵀ (b - A x)‖ <= rtol ‖Aᵀ b‖ + atol`, as lineax
+        measures it (largest entry, relative entry by entry). Both zero: no test.
+    - `accept`: without `max_steps`, the relative residual `‖b - A x‖₂ / ‖b‖₂` above
+        which the solve has failed.
+
+    **Options:**
+
+    - `preconditioner`: an approximate inverse of `A`, a lineax operator.
+    - `y0`: where to start; `y0_transpose` in the transposed system.
+    """
+
+    max_steps: int | None = eqx.field(default=None, static=True)
+    rtol: float = 0.0
+    atol: float = 0.0
+    accept: float = 1e-4
+
+    def __check_init__(self) -> None:
+        """Refuses a solver that would never stop."""
+        if self.max_steps is None and self.rtol == 0 and self.atol == 0:
+            raise ValueError(
+                "Nothing stops `NormalCG()`: pass `max_steps`, `rtol` or `atol`."
+            )
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(
+                f"`NormalCG(max_steps={self.max_steps})` takes no step; pass 1 or more."
+            )
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> NormalCGState:
+        """Returns the linearised operator."""
+        del options
+        require_real(operator)
+        return NormalCGState(lx.linearise(operator))
+
+    def compute(
+        self, state: NormalCGState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> Answer:
+        """Returns the solution, its result, its `residual_norm` and `num_steps`."""
+        for key in ("preconditioner", "y0"):
+            require_like(options.get(key), vector, key)
+        inner = lx.Normal(
+            lx.CG(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+        )
+        own = {k: v for k, v in options.items() if k in ("preconditioner", "y0")}
+        x, _, stats = inner.compute(inner.init(state.operator, own), vector, own)
+        r_norm, steps = norm(minus(vector, state.operator.mv(x))), stats["num_steps"]
+        if self.max_steps is not None:
+            return approximate(x, vector, r_norm, num_steps=steps)
+        return measured(x, vector, r_norm, rtol=self.accept, num_steps=steps)
+
+    def transpose(
+        self, state: NormalCGState, options: dict[str, Any]
+    ) -> tuple[NormalCGState, dict[str, Any]]:
+        """Returns the state of the transposed operator, and its options."""
+        transposed = state.operator.transpose()
+        return NormalCGState(transposed), transposed_options(options)
+
+    def conj(
+        self, state: NormalCGState, options: dict[str, Any]
+    ) -> tuple[NormalCGState, dict[str, Any]]:
+        """Returns the same state: operators are real."""
+        return state, options
+
+    def assume_full_rank(self) -> bool:
+        """Whether a singular operator is a failure: yes."""
+        return True

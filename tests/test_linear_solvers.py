@@ -1,0 +1,631 @@
+"""Every linear solver against dense algebra: solution, transpose, result, residual."""
+
+import json
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from eqximplicit.linear_solvers import (
+    AutoLinearSolver,
+    Checked,
+    DirectLU,
+    DirectSymmetric,
+    HybridKrylov,
+    LeastNorm,
+    Neumann,
+    NormalCG,
+    Nystrom,
+    Tikhonov,
+)
+
+ITERATIVE = {np.float64: 1e-8, np.float32: 2e-4}  # times the relative tolerance
+DTYPES = (np.float64, np.float32)
+RNG_SEED = 20
+
+
+def _vector(b, dtype=np.float64):
+    """A state of two leaves and two shapes; the first half is `a`."""
+    k = len(b) // 2
+    b = jnp.asarray(b, dtype)
+    return {"a": b[:k], "b": b[k:].reshape(-1, 1)}
+
+
+def _flat(x):
+    return np.concatenate([np.asarray(leaf).ravel() for leaf in jtu.tree_leaves(x)])
+
+
+def _operator(matrix, tags=(), dtype=np.float64):
+    matrix = jnp.asarray(matrix, dtype)
+    k = matrix.shape[1] // 2
+    struct = jax.eval_shape(lambda: _vector(np.zeros(matrix.shape[1]), dtype))
+
+    def mv(v):
+        w = matrix @ jnp.concatenate([v["a"], v["b"].reshape(-1)])
+        return {"a": w[:k], "b": w[k:].reshape(-1, 1)}
+
+    return lx.FunctionLinearOperator(mv, struct, tags)
+
+
+def _run(solver, operator, b, dtype=np.float64, options=None, transpose=False):
+    """Solution, whether it is successful, and stats; jitted as a rule would."""
+    options = {} if options is None else options
+
+    @jax.jit
+    def solve(b):
+        state, opts = solver.init(operator, options), options
+        if transpose:
+            state, opts = solver.transpose(state, options)
+        x, result, stats = solver.compute(state, b, opts)
+        return x, result == lx.RESULTS.successful, stats
+
+    x, ok, stats = solve(_vector(b, dtype))
+    return _flat(x), bool(ok), stats
+
+
+def _contraction(n, rng):
+    return np.eye(n) - 0.5 * rng.normal(size=(n, n)) / np.sqrt(n)
+
+
+def _general(n, rng):
+    return rng.normal(size=(n, n)) + 2 * np.diag(rng.choice([-1, 1], n) * np.sqrt(n))
+
+
+def _definite(n, rng):
+    g = rng.normal(size=(n, n))
+    return g @ g.T / n + 0.2 * np.eye(n)
+
+
+def _indefinite(n, rng):
+    q, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    return (q * (rng.choice([-1, 1], n) * rng.uniform(1, 5, n))) @ q.T
+
+
+def _translation_invariant(n, rng):
+    """Positive semidefinite, singular in the direction (1, ..., 1)."""
+    project = np.eye(n) - np.ones((n, n)) / n
+    return project @ _definite(n, rng) @ project
+
+
+REGULAR = [
+    (AutoLinearSolver(), _contraction, (), 2),
+    (AutoLinearSolver(), _general, (), 3),
+    (AutoLinearSolver(), _general, (), 12),
+    (AutoLinearSolver(), _contraction, (), 50),
+    (AutoLinearSolver(), _general, (), 50),
+    (AutoLinearSolver(), _definite, lx.positive_semidefinite_tag, 3),
+    (AutoLinearSolver(), _definite, lx.symmetric_tag, 12),
+    (AutoLinearSolver(), _indefinite, lx.symmetric_tag, 2),
+    (AutoLinearSolver(), _indefinite, lx.symmetric_tag, 12),
+    (AutoLinearSolver(), _indefinite, lx.symmetric_tag, 50),
+    (AutoLinearSolver(), _definite, lx.positive_semidefinite_tag, 50),
+    (DirectLU(), _general, (), 20),
+    (DirectSymmetric(), _definite, lx.symmetric_tag, 20),
+    (HybridKrylov(), _general, (), 30),
+    (HybridKrylov(restart=40), _indefinite, lx.symmetric_tag, 30),
+    (HybridKrylov(fallback=DirectLU()), _general, (), 30),
+    (Neumann(), _contraction, (), 30),
+    (NormalCG(rtol=1e-11, atol=1e-11), _contraction, (), 12),
+    (LeastNorm(), _general, (), 12),
+    (LeastNorm(), _indefinite, lx.symmetric_tag, 12),
+    (Checked(lx.GMRES(rtol=1e-10, atol=1e-10)), _contraction, (), 12),
+]
+_IDS = [f"{type(s).__name__}-{m.__name__[1:]}-{n}" for s, m, _, n in REGULAR]
+
+
+def _three_solves(solver, operator):
+    """Solves `A x = b`; `Aᵀ x = b` by the transposed state; and by that of `Aᵀ`."""
+
+    @jax.jit
+    def solve(b):
+        state = solver.init(operator, {})
+        other, options = solver.transpose(state, {})
+        anew = solver.init(operator.transpose(), {})
+        answers = [
+            solver.compute(state, b, {}),
+            solver.compute(other, b, options),
+            solver.compute(anew, b, {}),
+        ]
+        return [(x, r == lx.RESULTS.successful, stats) for x, r, stats in answers]
+
+    return lambda b: [(_flat(x), bool(ok), st) for x, ok, st in solve(_vector(b))]
+
+
+@pytest.mark.parametrize(("solver", "make", "tags", "n"), REGULAR, ids=_IDS)
+def test_system_and_transpose_match_dense_solve_and_zero_gives_zero(
+    solver, make, tags, n
+):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = make(n, rng), rng.normal(size=n)
+    solve = _three_solves(solver, _operator(matrix, tags))
+    for (x, ok, stats), dense in zip(
+        solve(b), (matrix, matrix.T, matrix.T), strict=True
+    ):
+        assert ok
+        assert np.max(np.abs(x - np.linalg.solve(dense, b))) < ITERATIVE[np.float64]
+        measured = np.linalg.norm(b - dense @ x)
+        assert float(stats["residual_norm"]) == pytest.approx(measured, abs=1e-10)
+    for x, ok, stats in solve(0 * b):
+        assert ok
+        assert np.all(x == 0)
+        assert float(stats["residual_norm"]) == 0
+    for _, ok, _ in solve(np.nan * b):
+        assert not ok
+
+
+APPROXIMATE = [
+    (Neumann(3), _contraction, ()),
+    (Neumann(1), _contraction, ()),
+    (NormalCG(max_steps=4), _contraction, ()),
+    (Nystrom(3, rho=0.1), _definite, lx.positive_semidefinite_tag),
+    (Tikhonov(0.1), _general, ()),
+]
+
+
+@pytest.mark.parametrize(("solver", "make", "tags"), APPROXIMATE)
+def test_inexact_by_design_is_successful_with_its_residual(solver, make, tags):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = make(6, rng), rng.normal(size=6)
+    solve = _three_solves(solver, _operator(matrix, tags))
+    for (x, ok, stats), dense in zip(
+        solve(b), (matrix, matrix.T, matrix.T), strict=True
+    ):
+        assert ok
+        residual = np.linalg.norm(b - dense @ x)
+        assert residual > 1e-3  # it really is inexact
+        assert float(stats["residual_norm"]) == pytest.approx(residual, rel=1e-9)
+    assert np.max(np.abs(solve(b)[1][0] - solve(b)[2][0])) < 1e-12
+    for x, ok, _ in solve(0 * b):
+        assert ok
+        assert np.all(x == 0)
+    for _, ok, _ in solve(np.nan * b):
+        assert not ok
+
+
+@pytest.mark.parametrize(
+    ("solver", "make", "tags", "n"), REGULAR[2:11:2], ids=_IDS[2:11:2]
+)
+def test_float32(solver, make, tags, n):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = make(n, rng), rng.normal(size=n)
+    x, ok, _ = _run(solver, _operator(matrix, tags, np.float32), b, np.float32)
+    expected = np.linalg.solve(matrix.astype(np.float32).astype(float), b)
+    assert ok
+    assert x.dtype == np.float32
+    assert np.max(np.abs(x - expected)) < ITERATIVE[np.float32] * np.max(
+        np.abs(expected)
+    )
+
+
+@pytest.mark.parametrize("n", [2, 12, 50])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flat_direction_of_a_minimum_gives_the_minimum_norm_solution(n, dtype):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = _translation_invariant(n, rng), rng.normal(size=n)
+    b -= b.mean()
+    operator = _operator(matrix, lx.symmetric_tag, dtype)
+    x, ok, _ = _run(AutoLinearSolver(), operator, b, dtype)
+    expected = np.linalg.pinv(matrix, rcond=1e-6) @ b
+    assert ok
+    assert np.max(np.abs(x - expected)) < ITERATIVE[dtype] * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("n", [3, 12, 50])
+def test_inconsistent_flat_direction_fails_unless_projected(n):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = _translation_invariant(n, rng), rng.normal(size=n)
+    operator = _operator(matrix, lx.symmetric_tag)
+    _, ok, _ = _run(AutoLinearSolver(), operator, b)
+    assert not ok
+    x, ok, _ = _run(AutoLinearSolver(), operator, b, options={"project": True})
+    assert ok
+    assert np.max(np.abs(x - np.linalg.pinv(matrix, rcond=1e-9) @ b)) < 1e-10
+
+
+@pytest.mark.parametrize("n", [3, 12, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rank_deficient_matrix_fails_even_if_consistent(n, dtype):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix = 10 * rng.normal(size=(n, n - 1)) @ rng.normal(size=(n - 1, n))
+    b = matrix @ rng.normal(size=n)
+    operator = _operator(matrix, (), dtype)
+    _, ok, _ = _run(AutoLinearSolver(), operator, b, dtype)
+    assert not ok
+
+
+def test_badly_scaled_regular_matrix_is_not_called_singular():
+    rng = np.random.default_rng(RNG_SEED)
+    for n in (2, 3, 12):
+        rows, cols = 10.0 ** rng.uniform(-9, 9, n), 10.0 ** rng.uniform(-9, 9, n)
+        core, expected = _general(n, rng), rng.normal(size=n)
+        matrix = rows[:, None] * core * cols[None, :]
+        x, ok, _ = _run(
+            AutoLinearSolver(), _operator(matrix), matrix @ (expected / cols)
+        )
+        assert ok
+        assert np.max(np.abs(x * cols - expected)) < 1e-10
+
+
+STRUCTURED = [
+    (np.diag, (6,), lx.diagonal_tag, "Diagonal"),
+    (lambda m: np.triu(np.tril(m, 1), -1), (6, 6), lx.tridiagonal_tag, "Tridiagonal"),
+    (np.tril, (6, 6), lx.lower_triangular_tag, "Triangular"),
+    (np.triu, (6, 6), lx.upper_triangular_tag, "Triangular"),
+]
+
+
+@pytest.mark.parametrize(("keep", "shape", "tag", "name"), STRUCTURED)
+def test_structured_operator_goes_to_lineax_and_is_solved(keep, shape, tag, name):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix = keep(rng.normal(size=shape)) + 4 * np.eye(6)
+    operator, b = _operator(matrix, tag), rng.normal(size=6)
+    chosen = AutoLinearSolver().select(operator)
+    assert type(chosen.solver.solver).__name__ == name
+    assert f"tagged {name.lower()}" in chosen.reason
+    for transpose in (False, True):
+        x, ok, _ = _run(AutoLinearSolver(), operator, b, transpose=transpose)
+        dense = matrix.T if transpose else matrix
+        assert ok
+        assert np.max(np.abs(x - np.linalg.solve(dense, b))) < 1e-11
+
+
+def test_singular_tridiagonal_matrix_fails_even_if_consistent():
+    n = 30  # the Laplacian of a path: constants are in its null space
+    off = np.ones(n - 1)
+    matrix = np.diag(np.r_[1.1, 2.2 * off[1:], 1.1])
+    matrix -= 1.1 * (np.diag(off, 1) + np.diag(off, -1))
+    b = matrix @ np.random.default_rng(RNG_SEED).normal(size=n)
+    _, ok, _ = _run(AutoLinearSolver(), _operator(matrix, lx.tridiagonal_tag), b)
+    assert not ok
+
+
+def test_false_tag_fails_by_the_measured_residual():
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = _general(6, rng), rng.normal(size=6)
+    for tag in (lx.diagonal_tag, lx.tridiagonal_tag, lx.lower_triangular_tag):
+        _, ok, _ = _run(AutoLinearSolver(), _operator(matrix, tag), b)
+        assert not ok
+
+
+def test_stagnation_of_a_matrix_free_solve_is_a_failure():
+    n = 60  # a cyclic shift: GMRES makes no progress before step n
+    shift, b = np.roll(np.eye(n), 1, axis=0), np.eye(n)[0]
+    _, ok, stats = _run(HybridKrylov(restart=10), _operator(shift), b)
+    assert not ok
+    assert int(stats["num_steps"]) < 40
+    x, ok, _ = _run(HybridKrylov(restart=60), _operator(shift), b)
+    assert ok
+    assert np.allclose(x, shift.T @ b)
+
+
+def test_krylov_does_not_break_down_where_the_curvature_vanishes():
+    matrix = np.kron(np.eye(10), [[0.0, 2.0], [-3.0, 0.0]])  # rᵀ A r is near zero
+    b = np.tile([1.0, 0.0], 10)
+    x, ok, _ = _run(HybridKrylov(), _operator(matrix), b)
+    assert ok
+    assert np.max(np.abs(x - np.linalg.solve(matrix, b))) < 1e-9
+
+
+def _deq_operator(dtype):
+    """The adjoint of one DEQ state of 32 x 64 entries, batch first."""
+    rng = np.random.default_rng(RNG_SEED)
+    w = jnp.asarray(0.4 * rng.normal(size=(64, 64)) / 8, dtype)
+    z = jnp.asarray(np.tanh(rng.normal(size=(32, 64))), dtype)
+    struct = jax.ShapeDtypeStruct((32, 64), dtype)
+    operator = lx.FunctionLinearOperator(lambda v: v - (1 - z**2) * (v @ w), struct)
+    return operator, jnp.asarray(rng.normal(size=(32, 64)), dtype)
+
+
+def test_float32_deq_adjoint_takes_few_products():
+    operator, b = _deq_operator(jnp.float32)
+    solver = AutoLinearSolver(rtol=1e-5, fallback_size=0)
+    x, result, stats = solver.compute(solver.init(operator, {}), b, {})
+    assert result == lx.RESULTS.successful
+    assert int(stats["num_steps"]) <= 14
+    assert float(jnp.linalg.norm(b - operator.mv(x))) < 1e-5 * float(jnp.linalg.norm(b))
+
+
+def test_one_factorisation_for_all_columns():
+    rng = np.random.default_rng(RNG_SEED)
+    matrix = _contraction(80, rng)
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+    solver = AutoLinearSolver()
+
+    def inverse(columns):
+        state = solver.init(operator, {})
+        return jax.vmap(lambda b: solver.compute(state, b, {})[0])(columns)
+
+    compiled = jax.jit(inverse).lower(jnp.eye(80)).as_text()
+    assert compiled.count("lapack_dgetrf") == 1
+    assert np.max(np.abs(inverse(jnp.eye(80)).T - np.linalg.inv(matrix))) < 1e-12
+
+
+def test_lanes_are_independent_under_vmap_of_operators():
+    rng = np.random.default_rng(RNG_SEED)
+    for n, make in ((2, _general), (12, _general), (40, _contraction)):
+        matrices = np.stack([make(n, rng) for _ in range(4)])
+        matrices[1] = np.ones((n, n))  # singular
+        b = rng.normal(size=(4, n))
+
+        @jax.jit
+        @jax.vmap
+        def solve(matrix, b):
+            solver = AutoLinearSolver()
+            operator = lx.MatrixLinearOperator(matrix)
+            x, result, _ = solver.compute(solver.init(operator, {}), b, {})
+            return x, result == lx.RESULTS.successful
+
+        x, ok = solve(jnp.asarray(matrices), jnp.asarray(b))
+        assert ok.tolist() == [True, False, True, True]
+        for i in (0, 2, 3):
+            assert np.max(np.abs(x[i] - np.linalg.solve(matrices[i], b[i]))) < 1e-8
+
+
+def test_lanes_are_independent_under_vmap_of_hessians():
+    rng = np.random.default_rng(RNG_SEED)
+    makers = (_definite, _translation_invariant, _indefinite)
+    matrices = np.stack([make(8, rng) for make in makers])
+    b = rng.normal(size=(3, 8))
+    b[1] -= b[1].mean()
+
+    @jax.jit
+    @jax.vmap
+    def solve(matrix, b):
+        solver = AutoLinearSolver()
+        operator = lx.MatrixLinearOperator(matrix, lx.symmetric_tag)
+        x, result, _ = solver.compute(solver.init(operator, {}), b, {})
+        return x, result == lx.RESULTS.successful
+
+    x, ok = solve(jnp.asarray(matrices), jnp.asarray(b))
+    assert ok.all()
+    for i in range(3):
+        expected = np.linalg.pinv(matrices[i], rcond=1e-9) @ b[i]
+        assert np.max(np.abs(x[i] - expected)) < 1e-11
+
+
+@pytest.mark.parametrize("n", [10, 40])
+def test_second_derivatives_inside_a_custom_linear_solve(n):
+    rng = np.random.default_rng(RNG_SEED)
+    matrix = jnp.asarray(_contraction(n, rng))
+    b, solver = jnp.asarray(rng.normal(size=n)), AutoLinearSolver(rtol=1e-13)
+
+    def solution(t):
+        operator = lx.MatrixLinearOperator(matrix * jnp.cos(t))
+        frozen = lx.MatrixLinearOperator(jax.lax.stop_gradient(operator.matrix))
+        state = solver.init(frozen, {})
+        return jax.lax.custom_linear_solve(
+            operator.mv,
+            b * t,
+            lambda _, b: solver.compute(state, b, {})[0],
+            lambda _, b: solver.compute(solver.transpose(state, {})[0], b, {})[0],
+        )
+
+    check_grads(jax.jit(solution), (0.3,), order=2, modes=("fwd", "rev"))
+
+
+def test_works_and_is_differentiable_in_lineax_linear_solve():
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = jnp.asarray(_contraction(5, rng)), jnp.asarray(rng.normal(size=5))
+
+    def solution(matrix):
+        return lx.linear_solve(
+            lx.MatrixLinearOperator(matrix), b, AutoLinearSolver()
+        ).value
+
+    x = solution(matrix)
+    grad = jax.grad(lambda m: jnp.sum(solution(m)))(matrix)
+    expected = -jnp.outer(jnp.linalg.solve(matrix.T, jnp.ones(5)), x)
+    assert jnp.max(jnp.abs(grad - expected)) < 1e-12
+
+
+# Approximations against their formulas.
+
+
+def test_neumann_terms_match_the_series():
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = _contraction(6, rng), rng.normal(size=6)
+    operator = _operator(matrix)
+    x, _, _ = _run(Neumann(1), operator, b)
+    assert np.all(x == b)  # Jacobian-free backpropagation
+    for solver, step in ((Neumann(4), 1.0), (Neumann(4, damping=0.5), 0.5)):
+        power = np.eye(6) - step * matrix
+        series = sum(step * np.linalg.matrix_power(power, k) @ b for k in range(4))
+        x, _, _ = _run(solver, operator, b)
+        assert np.max(np.abs(x - series)) < 1e-13
+    x, _, _ = _run(Neumann(4, alpha=-1.0), _operator(-matrix), b)
+    y, _, _ = _run(Neumann(4), operator, -b)
+    assert np.max(np.abs(x - y)) < 1e-13
+
+
+def test_divergent_series_is_a_failure():
+    operator = _operator(5 * np.eye(4))
+    _, ok, _ = _run(Neumann(), operator, np.ones(4))
+    assert not ok
+    _, ok, _ = _run(Neumann(max_steps=3), _operator(0.5 * np.eye(4)), np.ones(4))
+    assert not ok  # out of steps
+
+
+def test_nystrom_matches_its_formula_and_is_exact_at_full_rank():
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = _definite(8, rng), rng.normal(size=8)
+    operator = _operator(matrix, lx.positive_semidefinite_tag)
+    solver = Nystrom(3, rho=0.1)
+    chosen = np.asarray(
+        jax.random.choice(jax.random.PRNGKey(0), 8, (3,), replace=False)
+    )
+    c, w = matrix[:, chosen], matrix[np.ix_(chosen, chosen)]
+    low_rank = c @ np.linalg.solve(w, c.T) + 0.1 * np.eye(8)
+    x, _, _ = _run(solver, operator, b)
+    assert np.max(np.abs(x - np.linalg.solve(low_rank, b))) < 1e-11
+    x, _, _ = _run(Nystrom(8, rho=0.1), operator, b)
+    assert np.max(np.abs(x - np.linalg.solve(matrix + 0.1 * np.eye(8), b))) < 1e-11
+    negative = _operator(-matrix, lx.negative_semidefinite_tag)
+    y, _, _ = _run(Nystrom(8, rho=0.1), negative, b)
+    assert np.max(np.abs(x + y)) < 1e-11
+
+
+def test_nystrom_of_an_operator_of_lower_rank():
+    rng = np.random.default_rng(RNG_SEED)
+    g = rng.normal(size=(8, 2))
+    operator = _operator(g @ g.T, lx.positive_semidefinite_tag)
+    b = rng.normal(size=8)
+    x, ok, _ = _run(Nystrom(5, rho=0.1), operator, b)
+    assert ok
+    assert np.max(np.abs(x - np.linalg.solve(g @ g.T + 0.1 * np.eye(8), b))) < 1e-9
+
+
+def test_tikhonov_matches_the_normal_equations():
+    rng = np.random.default_rng(RNG_SEED)
+    matrix, b = _general(6, rng), rng.normal(size=6)
+    for transpose in (False, True):
+        a = matrix.T if transpose else matrix
+        x, _, _ = _run(Tikhonov(0.3), _operator(matrix), b, transpose=transpose)
+        expected = np.linalg.solve(a.T @ a + 0.09 * np.eye(6), a.T @ b)
+        assert np.max(np.abs(x - expected)) < 1e-12
+
+
+def test_least_norm_of_singular_and_rectangular_systems():
+    rng = np.random.default_rng(RNG_SEED)
+    for shape in ((6, 6), (4, 7), (7, 4)):
+        matrix = rng.normal(size=(shape[0], 3)) @ rng.normal(size=(3, shape[1]))
+        operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+        for consistent in (True, False):
+            b = matrix @ rng.normal(size=shape[1])
+            b = b if consistent else b + rng.normal(size=shape[0])
+            for solver in (LeastNorm(), LeastNorm(least_squares=True)):
+                state = solver.init(operator, {})
+                x, result, stats = solver.compute(state, jnp.asarray(b), {})
+                asked = consistent or solver.least_squares
+                assert bool(result == lx.RESULTS.successful) == asked
+                assert int(stats["rank"]) == 3
+                assert (
+                    np.max(np.abs(x - np.linalg.pinv(matrix, rcond=1e-9) @ b)) < 1e-11
+                )
+
+
+def test_imaml_gradient_by_five_normal_cg_steps_and_a_hundred_neumann_terms():
+    """The meta-gradient that TorchOpt prints for its iMAML example."""
+    path = Path(__file__).parent / "data" / "imaml_reference.json"
+    case = json.loads(path.read_text())
+    hessian, ct = np.array(case["hessian"]), np.array(case["outer_gradient"])
+    for solver in (NormalCG(max_steps=5), Neumann(101, alpha=0.1)):
+        x, ok, _ = _run(solver, _operator(hessian, lx.symmetric_tag), ct)
+        assert ok
+        assert np.max(np.abs(x - np.array(case["printed"]))) < 5e-5
+    x, _, _ = _run(Neumann(101, alpha=0.1), _operator(hessian), ct)
+    assert np.max(np.abs(x - np.array(case["neumann_float64"]))) < 1e-10
+
+
+# Options.
+
+
+def test_preconditioner_and_warm_starts_survive_transposition():
+    rng = np.random.default_rng(RNG_SEED)
+    n = 40
+    scales = 10.0 ** rng.uniform(-1, 1, n)
+    matrix, b = scales[:, None] * _contraction(n, rng), rng.normal(size=n)
+    operator = _operator(matrix)
+    approximate_inverse = _operator(np.diag(1 / scales))
+    options = {
+        "preconditioner": approximate_inverse,
+        "y0": _vector(np.linalg.solve(matrix, b)),
+        "y0_transpose": _vector(np.linalg.solve(matrix.T, b)),
+    }
+    for solver in (Neumann(), HybridKrylov()):
+        for transpose in (False, True):
+            dense = matrix.T if transpose else matrix
+            only = {"preconditioner": approximate_inverse}
+            x, ok, cold = _run(solver, operator, b, options=only, transpose=transpose)
+            assert ok
+            assert np.max(np.abs(x - np.linalg.solve(dense, b))) < 1e-7
+            x, ok, warm = _run(
+                solver, operator, b, options=options, transpose=transpose
+            )
+            assert ok
+            assert np.max(np.abs(x - np.linalg.solve(dense, b))) < 1e-7
+            assert int(warm["num_steps"]) <= 1 < int(cold["num_steps"])
+
+
+def test_option_that_does_not_fit_is_refused():
+    operator, b = _operator(_contraction(40, np.random.default_rng(0))), np.ones(40)
+    with pytest.raises(ValueError, match="option `y0` does not fit"):
+        _run(AutoLinearSolver(), operator, b, options={"y0": jnp.ones(3)})
+
+
+# Refusals at trace time.
+
+
+def _large(tags):
+    struct = jax.ShapeDtypeStruct((200_000,), jnp.float64)
+    return lx.FunctionLinearOperator(lambda v: v, struct, tags)
+
+
+def test_matrix_too_large_is_refused_with_its_bytes():
+    needed = 200_000**2 * 8
+    with pytest.raises(ValueError, match=f"{needed} bytes"):
+        AutoLinearSolver().init(_large(lx.lower_triangular_tag), {})
+    for solver in (DirectLU(), LeastNorm(), Tikhonov()):
+        with pytest.raises(ValueError, match="max_bytes"):
+            solver.init(_large(()), {})
+
+
+def test_select_explains_itself():
+    solver = AutoLinearSolver()
+    assert "matrix-free" in solver.select(_large(())).reason
+    assert "conjugate gradients" in solver.select(_large(lx.symmetric_tag)).reason
+    assert "LU" in solver.select(_operator(np.eye(8))).reason
+    assert "closed form" in solver.select(_operator(np.eye(2))).reason
+    assert "Cholesky" in solver.select(_operator(np.eye(8), lx.symmetric_tag)).reason
+
+
+def test_square_solvers_refuse_rectangular_and_complex_systems():
+    tall = lx.MatrixLinearOperator(jnp.ones((3, 2)))
+    turning = lx.MatrixLinearOperator(jnp.eye(2, dtype=jnp.complex128))
+    for solver in (AutoLinearSolver(), HybridKrylov(), Neumann(), DirectLU()):
+        with pytest.raises(ValueError, match="needs a square system"):
+            solver.init(tall, {})
+        with pytest.raises(ValueError, match="one real floating dtype"):
+            solver.init(turning, {})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Neumann(0), "has no terms"),
+        (lambda: NormalCG(), "Nothing stops"),
+        (lambda: NormalCG(max_steps=0), "takes no step"),
+        (lambda: Nystrom(0), "at least 1"),
+        (lambda: Nystrom(2, rho=0.0), "must be positive"),
+        (lambda: Tikhonov(0.0), "must be positive"),
+        (
+            lambda: Nystrom(9).init(_operator(np.eye(8), lx.symmetric_tag), {}),
+            "exceeds the number of unknowns, 8",
+        ),
+        (lambda: Nystrom(2).init(_operator(np.eye(8)), {}), "symmetric operator"),
+        (lambda: DirectSymmetric().init(_operator(np.eye(8)), {}), "symmetric tag"),
+    ],
+)
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_unreachable_tolerance_is_a_failure_not_an_answer():
+    rng = np.random.default_rng(RNG_SEED)
+    q, _ = np.linalg.qr(rng.normal(size=(40, 40)))
+    matrix = (q * np.logspace(0, -5, 40)) @ q.T
+    operator = _operator(matrix, lx.positive_semidefinite_tag, np.float32)
+    _, ok, stats = _run(HybridKrylov(rtol=1e-9), operator, np.ones(40), np.float32)
+    assert not ok
+    assert np.isfinite(float(stats["residual_norm"]))
+
+
+def test_solvers_are_pytrees_without_arrays():
+    for solver in (AutoLinearSolver(), Neumann(3), HybridKrylov()):
+        assert not any(eqx.is_array(leaf) for leaf in jtu.tree_leaves(solver))
