@@ -149,7 +149,9 @@ def _evaluate(
         return out_space.ravel(linear(space.unravel(unit)))
 
     def jacobian() -> Float[Array, "n n"]:
-        return jax.vmap(column, out_axes=1)(jnp.asarray(np.eye(trial.size), trial.dtype))
+        return jax.vmap(column, out_axes=1)(
+            jnp.asarray(np.eye(trial.size), trial.dtype)
+        )
 
     return y, out_space.ravel(out), jacobian, aux
 

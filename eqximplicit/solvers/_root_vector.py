@@ -59,7 +59,7 @@ class RealVector(eqx.Module):
 
 
 def real_vector(tree: PyTree[Any], dtype: Any = None) -> RealVector:
-    """The vectors for pytrees like `tree`, in its widest real dtype if none is given."""
+    """The vectors for pytrees like `tree`, in their widest real dtype by default."""
     struct = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     return RealVector(struct, real_dtype(tree) if dtype is None else dtype)
 

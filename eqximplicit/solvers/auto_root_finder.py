@@ -1,11 +1,10 @@
-"""The default root finder: one loop that does not give up where Newton's method does."""
+"""The default root finder: one loop that goes on where Newton's method gives up."""
 
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -175,9 +174,7 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         del fn, aux, args, options, tags
         reason = why(state, y, self._limits(y))
         ended = result == optx.RESULTS.nonlinear_max_steps_reached
-        reason = RESULTS.where(
-            ended, RESULTS.nonlinear_max_steps_reached, reason
-        )
+        reason = RESULTS.where(ended, RESULTS.nonlinear_max_steps_reached, reason)
         stats = {
             "result": reason,
             "residual_norm": state.best_max,

@@ -1,0 +1,187 @@
+"""The default root finder against the standard sets, closed forms and bad input."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+from standard_systems import MINPACK_RUNS, STANDARD_SYSTEMS
+
+from eqximplicit._solution import RESULTS
+from eqximplicit.solvers import AutoRootFinder
+
+SOLVED = 1e-8  # float64: the largest residual entry of a root in the standard sets
+SOLVED_FLOAT32 = 1e-5
+MAX_STEPS = 512
+
+
+@eqx.filter_jit
+def _solve(fn, y0, args=None, solver=None, max_steps=MAX_STEPS):
+    solver = AutoRootFinder() if solver is None else solver
+    sol = optx.root_find(fn, solver, y0, args, max_steps=max_steps, throw=False)
+    return sol.value, sol.stats, jnp.asarray(sol.result == optx.RESULTS.successful)
+
+
+def _largest(system, x):
+    return float(np.max(np.abs(system.fn(x, None))))
+
+
+def _run(system, dtype=jnp.float64):
+    x, stats, claimed = _solve(system.fn, jnp.asarray(system.start, dtype))
+    return _largest(system, x), stats, bool(claimed)
+
+
+def test_every_standard_system_is_solved_at_low_cost():
+    runs = {system.name: _run(system) for system in STANDARD_SYSTEMS}
+    missed = [name for name, run in runs.items() if not (run[0] < SOLVED and run[2])]
+    assert not missed
+    costs = [int(stats["num_evaluations"]) for _, stats, _ in runs.values()]
+    assert np.median(costs) <= 60
+
+
+@pytest.mark.slow
+def test_every_minpack_run_with_a_root_is_solved_and_no_other_claimed():
+    runs = [(system, _run(system)) for system in MINPACK_RUNS]
+    solved = {system.name for system, run in runs if run[0] < SOLVED}
+    claimed = {system.name for system, run in runs if run[2]}
+    assert solved == {s.name for s in MINPACK_RUNS if s.has_root}
+    assert claimed == solved
+
+
+@pytest.mark.slow
+def test_float32_reaches_its_tolerance_without_false_failure():
+    runs = {s.name: _run(s, jnp.float32) for s in STANDARD_SYSTEMS}
+    good = [name for name, run in runs.items() if run[0] <= SOLVED_FLOAT32 and run[2]]
+    assert len(good) == len(STANDARD_SYSTEMS)
+
+
+@pytest.mark.parametrize(
+    ("fn", "start", "reason"),
+    [
+        (lambda y, args: y**2 + 1.0, [3.0], RESULTS.local_minimum),
+        (
+            lambda y, args: 1.0 + (1.0 + y**2) ** -0.5,
+            [1.0],
+            RESULTS.nonlinear_divergence,
+        ),
+        (lambda y, args: jnp.log(y), [-1.0], RESULTS.nonfinite_start),
+        (
+            lambda y, args: jnp.stack([y[0] + y[1] - 1.0, 2.0 * y[0] + 2.0 * y[1]]),
+            [1.0, 2.0],
+            RESULTS.singular_jacobian,
+        ),
+    ],
+    ids=["local minimum", "divergence", "non-finite start", "singular"],
+)
+def test_failure_stops_by_itself_and_names_its_reason(fn, start, reason):
+    y, stats, claimed = _solve(fn, jnp.array(start))
+    assert not claimed
+    assert bool(stats["result"] == reason)
+    assert int(stats["num_steps"]) < MAX_STEPS
+    expected = np.nan_to_num(jnp.max(jnp.abs(fn(y, None))), nan=np.inf)
+    np.testing.assert_array_equal(stats["residual_norm"], expected)
+
+
+def test_tolerance_below_the_rounding_of_the_function_is_named():
+    solver = AutoRootFinder(atol=1e-14)
+    fn = lambda y, args: 1e6 * (y**2 - 2.0)
+    _, stats, claimed = _solve(fn, jnp.array([1.0]), solver=solver)
+    assert not claimed
+    assert bool(stats["result"] == RESULTS.unattainable_tolerance)
+
+
+def test_exhausted_budget_is_named_and_the_best_point_returned():
+    system = STANDARD_SYSTEMS[3]
+    y, stats, claimed = _solve(system.fn, jnp.asarray(system.start), max_steps=3)
+    assert not claimed
+    assert bool(stats["result"] == RESULTS.nonlinear_max_steps_reached)
+    assert _largest(system, y) < _largest(system, system.start)
+
+
+def test_non_finite_trial_is_a_rejected_step():
+    # The Newton step from 3 leads to a negative argument of the logarithm.
+    y, _, claimed = _solve(lambda y, args: jnp.log(y), jnp.array([5.0]))
+    assert claimed
+    np.testing.assert_allclose(y, 1.0, atol=1e-8)
+
+
+def test_lanes_of_a_batch_are_independent():
+    fn = lambda y, a: jnp.stack([y[0] ** 2 - a, y[1] - y[0]])
+    a = jnp.linspace(1.0, 100.0, 10_000).at[17].set(-1.0).at[4321].set(jnp.nan)
+    start = jnp.broadcast_to(jnp.array([3.0, 1.0]), (10_000, 2))
+    solve = lambda y0, a: _solve(fn, y0, a)
+    y, stats, claimed = eqx.filter_jit(jax.vmap(solve))(start, a)
+    good = np.delete(np.arange(10_000), [17, 4321])
+    np.testing.assert_allclose(y[good, 0], np.sqrt(a[good]), rtol=1e-8)
+    assert bool(np.all(claimed[good]))
+    assert not claimed[17]
+    assert not claimed[4321]
+    assert int(np.max(stats["num_steps"][good])) < 20
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_linear_system_of_every_small_size_takes_two_evaluations(n):
+    matrix = jnp.asarray(np.random.RandomState(n).randn(n, n) + 3.0 * np.eye(n))
+    fn = lambda y, args: matrix @ y - 1.0
+    y, stats, claimed = _solve(fn, jnp.zeros(n))
+    assert claimed
+    np.testing.assert_allclose(y, np.linalg.solve(matrix, np.ones(n)), atol=1e-9)
+    assert int(stats["num_evaluations"]) == 2 + n
+
+
+def test_pytree_of_mixed_dtypes_and_complex_leaves():
+    fn = lambda y, args: {
+        "z": y["z"] ** 2 + 2.0 * jnp.conj(y["z"]) - (1.0 + 4.0j),
+        "x": y["x"] ** 3 - 8.0,
+        "s": y["s"] - jnp.ones((2, 1), jnp.float32),
+    }
+    y0 = {"z": jnp.array(1.0 + 1.0j), "x": jnp.array([1.0]), "s": jnp.zeros((2, 1))}
+    y0["s"] = y0["s"].astype(jnp.float32)
+    with pytest.warns(UserWarning, match="Complex support in Optimistix"):
+        y, _, claimed = _solve(fn, y0)
+    assert claimed
+    assert {k: v.dtype for k, v in y.items()} == {k: v.dtype for k, v in y0.items()}
+    assert abs(complex(fn(y, None)["z"])) < SOLVED
+    np.testing.assert_allclose(y["x"], 2.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [optx.ImplicitAdjoint(), optx.RecursiveCheckpointAdjoint()]
+)
+def test_gradients_agree_with_the_closed_form(adjoint):
+    solver = AutoRootFinder(atol=1e-12)
+
+    def root(a):
+        fn = lambda y, a: jnp.stack([y[0] ** 2 - a, y[1] * y[0] - 1.0])
+        y0 = jnp.array([1.0, 1.0])
+        return optx.root_find(fn, solver, y0, a, adjoint=adjoint).value
+
+    a = jnp.array(3.0)
+    jacobian = jax.jit(jax.jacrev(root))(a)
+    np.testing.assert_allclose(jacobian, [0.5 * 3**-0.5, -0.5 * 3**-1.5], rtol=1e-9)
+
+
+def test_aux_belongs_to_the_point_returned():
+    fn = lambda y, args: (jnp.arctan(y), {"twice": 2.0 * y, "label": 3})
+    sol = optx.root_find(
+        fn, AutoRootFinder(), jnp.array([20.0]), has_aux=True, max_steps=MAX_STEPS
+    )
+    np.testing.assert_array_equal(sol.aux["twice"], 2.0 * sol.value)
+    np.testing.assert_allclose(sol.value, 0.0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol", "max_restarts"])
+def test_negative_number_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"AutoRootFinder\({name}=...\)"):
+        AutoRootFinder(**{name: -1})
+
+
+def test_tolerance_below_the_dtype_is_warned_about():
+    with pytest.warns(UserWarning, match="below the resolution"):
+        AutoRootFinder(atol=1e-20)
+
+
+def test_system_that_is_not_square_is_refused():
+    with pytest.raises(ValueError, match="3 entries for a state of 2"):
+        _solve(lambda y, args: jnp.append(y, y[0]), jnp.ones(2))
