@@ -1,6 +1,9 @@
+from .anderson import Anderson as Anderson
+from .auto_fixed_point import AutoFixedPoint as AutoFixedPoint
 from .auto_least_squares import AutoLeastSquares as AutoLeastSquares
 from .auto_minimiser import AutoMinimiser as AutoMinimiser
 from .auto_root_finder import AutoRootFinder as AutoRootFinder
+from .broyden import Broyden as Broyden
 from .fire import FIRE as FIRE
 from .host import (
     AbstractHostSolver as AbstractHostSolver,

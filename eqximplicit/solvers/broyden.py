@@ -56,12 +56,11 @@ class _Inverse(eqx.Module, Generic[Y]):
 
 
 class _State(eqx.Module, Generic[Y]):
-    """The last accepted point, the best one, and the step under trial."""
+    """The last accepted point, the best one, and where the line search is."""
 
     anchor: verdict.Point[Y]
     best: verdict.Best[Y]
     inverse: _Inverse[Y]
-    step: Y
     kind: Int[Array, ""]
     size: Float[Array, ""]
     num_accepted: Int[Array, ""]
@@ -82,8 +81,8 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
     $$H + \frac{(s - H z)\, v^T}{v^T z}, \qquad
     v = H^T s \text{ ("good")} \quad\text{or}\quad v = z \text{ ("bad")}.$$
 
-    The line search accepts $\|f(y + t s)\| \le (1 + \eta_k - 10^{-4} t) \|f(y)\|$ with a
-    summable $\eta_k$ (Li and Fukushima 2000), and takes $t$ from a parabola otherwise.
+    The line search accepts $\|f(y + t s)\| \le (1 + \eta_k - 10^{-4} t) \|f(y)\|$ with
+    a summable $\eta_k$ (Li and Fukushima 2000), else it takes $t$ from a parabola.
     A full memory, and a line search without success, begin anew. A trial point that is
     not finite is rejected.
 
@@ -160,7 +159,6 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
             anchor=best.point,
             best=best,
             inverse=_Inverse(one, stack, stack, none),
-            step=vs.zeros_like(y),
             kind=none,
             size=one,
             num_accepted=none,
@@ -243,7 +241,6 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
             anchor=vs.select(give_up, best.point, anchor),
             best=best,
             inverse=inverse,
-            step=state.step,
             kind=kind.astype(jnp.int32),
             size=size.astype(state.size.dtype),
             num_accepted=state.num_accepted + accepted.astype(jnp.int32),
@@ -307,7 +304,6 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         y = vs.add_scaled(anchor.y, one, vs.scaled(state.size, newton))
         y = vs.select(probing, vs.add_scaled(anchor.y, one, probe), y)
         y = vs.select(vs.all_finite(y), y, anchor.y)
-        state = eqx.tree_at(lambda s: s.step, state, newton)
         return y, self._finish(state, newton, ~probing)
 
     def _finish(self, state: _State[Y], step: Y, usable: Array) -> _State[Y]:

@@ -1,0 +1,349 @@
+"""Fixed-point solvers against closed forms, dense algebra and SciPy's `anderson`."""
+
+import functools as ft
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+import pytest
+import scipy.optimize
+from fixed_point_maps import cast, FixedPointMap, kepler, MAPS, policy_iteration
+from jax.flatten_util import ravel_pytree
+
+from eqximplicit._solution import RESULTS
+from eqximplicit.solvers.anderson import Anderson
+from eqximplicit.solvers.auto_fixed_point import AutoFixedPoint
+from eqximplicit.solvers.broyden import Broyden
+
+TOL = 1e-8  # the tolerance of the table, in absolute terms for both sides
+BY_NAME = {p.name: p for p in MAPS}
+SOLVERS = {
+    "auto": AutoFixedPoint(rtol=1e-11, atol=1e-11),
+    "anderson": Anderson(rtol=1e-11, atol=1e-11),
+    "good": Broyden(rtol=1e-11, atol=1e-11),
+    "bad": Broyden(rtol=1e-11, atol=1e-11, update="bad"),
+}
+# The bad update shares all code with the good one but a line.
+each_method = pytest.mark.parametrize("solver", ["auto", "anderson", "good"])
+each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+
+
+def solve(p: FixedPointMap, solver, dtype=jnp.float64, max_steps: int = 256):
+    y0, args = cast(p.y0, dtype), cast(p.args, dtype)
+    return optx.fixed_point(p.fn, solver, y0, args, max_steps=max_steps, throw=False)
+
+
+@ft.cache
+def auto_solution(name: str):
+    return solve(BY_NAME[name], AutoFixedPoint(rtol=0.0, atol=TOL))
+
+
+def residual_norm(p: FixedPointMap, y, dtype=jnp.float64) -> float:
+    image = p.fn(y, cast(p.args, dtype))
+    return max(
+        float(jnp.max(jnp.abs(a - b)))
+        for a, b in zip(jtu.tree_leaves(image), jtu.tree_leaves(y), strict=True)
+    )
+
+
+def scipy_evaluations(p: FixedPointMap) -> int:
+    """How many evaluations SciPy's `anderson` needs; raises where it fails."""
+    args, count = cast(p.args, jnp.float64), 0
+    x0, unravel = ravel_pytree(cast(p.y0, jnp.float64))
+    fn = jax.jit(lambda x: ravel_pytree(p.fn(unravel(x), args))[0] - x)
+
+    def counted(x):
+        nonlocal count
+        count += 1
+        return np.asarray(fn(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overflow in its line search
+        scipy.optimize.anderson(counted, np.asarray(x0), f_tol=TOL, maxiter=2000)
+    return count
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_map_is_solved_in_no_more_evaluations_than_scipy(name):
+    sol = auto_solution(name)
+    assert sol.result == optx.RESULTS.successful
+    assert sol.stats["result"] == RESULTS.successful
+    assert residual_norm(BY_NAME[name], sol.value) < TOL
+    assert int(sol.stats["num_steps"]) <= scipy_evaluations(BY_NAME[name])
+
+
+@pytest.mark.parametrize("name", [p.name for p in MAPS if p.solution is not None])
+def test_error_is_the_tolerance_asked_for(name):
+    # The estimate is one: a factor of 2 is left to it. At rate 0.99 a residual at
+    # the tolerance would be an error of 100 times the tolerance.
+    value, exact = auto_solution(name).value, BY_NAME[name].solution
+    np.testing.assert_allclose(value, exact, rtol=0, atol=2 * TOL)
+
+
+def test_value_iteration_reaches_the_value_of_policy_iteration():
+    exact = policy_iteration(BY_NAME["value iteration (0.99)"].args)
+    value = auto_solution("value iteration (0.99)").value
+    np.testing.assert_allclose(value, exact, rtol=0, atol=2 * TOL)
+
+
+def test_chandrasekhar_has_the_published_moment():
+    h = np.asarray(auto_solution("Chandrasekhar H").value)
+    weights = np.polynomial.legendre.leggauss(50)[1] / 2
+    # The quadrature of a moment that is exact for the discrete equation as well.
+    moment = 2 / 0.99 * (1 - np.sqrt(1 - 0.99))
+    np.testing.assert_allclose(weights @ h, moment, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["slow (rate 0.99)", "SCF", "value iteration (0.99)"])
+def test_float32_reaches_1e_5_and_says_so(name):
+    p = BY_NAME[name]
+    sol = solve(p, AutoFixedPoint(rtol=1e-5, atol=1e-5), jnp.float32)
+    assert sol.result == optx.RESULTS.successful
+    assert sol.value.dtype == jnp.float32
+    size = 1 + float(jnp.max(jnp.abs(sol.value)))
+    assert residual_norm(p, sol.value, jnp.float32) < 1e-5 * size
+
+
+def test_host_function_is_solved_and_counted():
+    calls = 0
+
+    def on_host(y):
+        nonlocal calls
+        calls += 1
+        return np.cos(2.5 * np.asarray(y)).astype(np.float64)
+
+    def fn(y, args):
+        return jax.pure_callback(on_host, jax.ShapeDtypeStruct((3,), y.dtype), y)
+
+    solver = AutoFixedPoint(rtol=1e-10, atol=1e-10)
+    y0 = jnp.array([0.1, 0.5, 0.9])
+    run = jax.jit(lambda y0: optx.fixed_point(fn, solver, y0, throw=False).stats)
+    stats = jax.block_until_ready(run(y0))
+    assert stats["residual_norm"] < 1e-10
+    # `optx.fixed_point` evaluates once more, for its implicit derivative.
+    assert calls - 1 <= int(stats["num_steps"]) <= calls
+
+
+def test_rescue_solves_what_anderson_does_not():
+    angle = np.linspace(0.3, 2.8, 7)
+    blocks = [[[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]] for a in angle]
+    matrix = jnp.asarray(1.5 * jax.scipy.linalg.block_diag(*map(np.array, blocks)))
+
+    def fn(y, b):
+        return jnp.tanh(matrix @ y) * 2 + b
+
+    b = jnp.linspace(-0.1, 0.1, 14)
+    y0 = jnp.ones(14)
+    plain = optx.fixed_point(fn, SOLVERS["anderson"], y0, b, throw=False)
+    auto = optx.fixed_point(fn, SOLVERS["auto"], y0, b, throw=False)
+    assert plain.result != optx.RESULTS.successful
+    assert auto.result == optx.RESULTS.successful
+    assert int(auto.stats["num_rescues"]) > 0
+    np.testing.assert_allclose(fn(auto.value, b), auto.value, atol=1e-10)
+
+
+@each_solver
+def test_gradients_agree_with_the_closed_form_however_they_are_taken(solver):
+    p = kepler()
+    y0, args = cast(p.y0, jnp.float64), cast(p.args, jnp.float64)
+
+    @ft.partial(jax.jit, static_argnums=1)
+    def gradient(e, adjoint):
+        def loss(e):
+            sol = optx.fixed_point(
+                p.fn, solver, y0, args | {"e": e}, adjoint=adjoint, max_steps=64
+            )
+            return jnp.sum(sol.value)
+
+        return jax.grad(loss)(e)
+
+    exact = np.sin(p.solution) / (1 - p.args["e"] * np.cos(p.solution))
+    implicit = gradient(args["e"], optx.ImplicitAdjoint())
+    unrolled = gradient(args["e"], optx.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(implicit, exact, rtol=1e-9)
+    # The derivative of the iterates lags behind the iterates.
+    np.testing.assert_allclose(unrolled, exact, rtol=1e-6)
+
+
+@each_method
+def test_a_bad_lane_harms_no_other(solver):
+    solver = SOLVERS[solver]
+    rates = jnp.array([2.5, jnp.nan, 2.8, 3.3])
+
+    def one(r):
+        sol = optx.fixed_point(
+            lambda y, r: r * y * (1 - y), solver, jnp.full(2, 0.55), r, throw=False
+        )
+        return sol.value, sol.stats["result"], sol.stats["num_steps"]
+
+    values, result, num_steps = jax.jit(jax.vmap(one))(rates)
+    good = np.array([0, 2, 3])
+    exact = 1 - 1 / np.asarray(rates)[good]
+    np.testing.assert_allclose(values[good], np.stack([exact] * 2, 1), rtol=1e-9)
+    failed = jax.vmap(lambda r: r == RESULTS.nonfinite_start)(result)
+    np.testing.assert_array_equal(failed, [False, True, False, False])
+    alone = jax.jit(one)(rates[2])
+    assert int(num_steps[2]) == int(alone[2])
+
+
+@each_method
+def test_leaves_keep_their_shapes_and_dtypes(solver):
+    solver = SOLVERS[solver]
+
+    def fn(y, args):
+        a, (b,) = y
+        feedback = jnp.mean(a).astype(jnp.float64)
+        return (0.5 * jnp.cos(a) + jnp.float32(0.1) * b[0, 0].astype(jnp.float32),
+                (0.3 * jnp.sin(b) + 0.2 * feedback,))  # fmt: skip
+
+    y0 = (jnp.zeros(3, jnp.float32), (jnp.ones((2, 2)),))
+    loose = eqx.tree_at(lambda s: (s.rtol, s.atol), solver, (1e-5, 1e-5))
+    sol = optx.fixed_point(fn, loose, y0)
+    struct = jax.eval_shape(lambda: y0)
+    assert eqx.tree_equal(jax.eval_shape(lambda: sol.value), struct)
+    y = y0
+    for _ in range(100):
+        y = fn(y, None)
+    np.testing.assert_allclose(sol.value[0], y[0], atol=1e-4)
+    np.testing.assert_allclose(sol.value[1][0], y[1][0], atol=1e-4)
+
+
+@each_method
+def test_complex_states_are_solved(solver):
+    solver = SOLVERS[solver]
+    c = jnp.array([0.2 + 0.6j, -1.1 + 0.3j])
+    with pytest.warns(UserWarning, match="Complex support"):
+        sol = optx.fixed_point(lambda z, c: z**2 + c, solver, 0 * c, c, throw=False)
+    z = np.asarray(sol.value)
+    assert sol.result == optx.RESULTS.successful
+    np.testing.assert_allclose(z**2 - z + np.asarray(c), 0, atol=1e-9)
+
+
+@each_method
+def test_failure_returns_the_best_point_its_residual_and_a_reason(solver):
+    solver = SOLVERS[solver]
+    # y**2 + 1 is nowhere y; the residual is smallest, 3/4, at y = 1/2.
+    sol = optx.fixed_point(
+        lambda y, args: y**2 + 1, solver, jnp.array([0.2]), throw=False
+    )
+    assert sol.result != optx.RESULTS.successful
+    assert sol.stats["result"] != RESULTS.successful
+    y = np.asarray(sol.value)
+    np.testing.assert_allclose(sol.stats["residual_norm"], abs(y**2 + 1 - y)[0])
+    assert abs(y**2 + 1 - y)[0] <= 0.84  # the start's
+
+
+def test_no_fixed_point_ends_before_the_budget():
+    solver = SOLVERS["auto"]
+    sol = optx.fixed_point(
+        lambda y, args: y + 1.0, solver, jnp.zeros(2), max_steps=1000, throw=False
+    )
+    assert sol.stats["result"] == RESULTS.local_minimum
+    assert int(sol.stats["num_steps"]) < 200
+
+
+def test_nonfinite_trial_points_are_rejected():
+    # log is not finite where the first steps lead.
+    def fn(y, args):
+        return 3 * jnp.log(y) + 0.5
+
+    y0 = jnp.array([0.9])
+    exact = scipy.optimize.brentq(lambda y: 3 * np.log(y) + 0.5 - y, 0.5, 1.5)
+    assert not np.isfinite(fn(fn(y0, None), None)).all() or fn(y0, None)[0] < 0.5
+    sol = optx.fixed_point(fn, SOLVERS["auto"], y0)
+    np.testing.assert_allclose(sol.value, exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Anderson, AutoFixedPoint])
+def test_tolerance_below_the_resolution_warns_and_is_named(kind):
+    with pytest.warns(UserWarning, match="floating-point resolution"):
+        kind(rtol=1e-30, atol=1e-30)
+    solver = kind(rtol=1e-11, atol=1e-11)
+    matrix = jnp.asarray(0.2 * np.random.default_rng(0).normal(size=(9, 9)))
+    args = (matrix.astype(jnp.float32), jnp.ones(9, jnp.float32))
+    with pytest.warns(UserWarning, match="floating-point resolution"):
+        sol = optx.fixed_point(
+            lambda y, args: jnp.sin(args[0] @ y) + args[1] / 3,
+            solver,
+            jnp.zeros(9, jnp.float32),
+            args,
+            throw=False,
+        )
+    good = sol.stats["residual_norm"] == 0
+    assert good or sol.stats["result"] == RESULTS.unattainable_tolerance
+    assert sol.stats["residual_norm"] < 1e-5
+
+
+def test_anderson_of_window_one_is_the_secant_method():
+    def residual(y):
+        return np.cos(y) - y
+
+    y, last = np.cos(1.0), 1.0
+    for _ in range(3):
+        slope = (residual(y) - residual(last)) / (y - last)
+        y, last = y - residual(y) / slope, y
+    solver = Anderson(rtol=0.0, atol=1e-15, window=1)
+    sol = optx.fixed_point(
+        lambda y, args: jnp.cos(y), solver, jnp.array(1.0), max_steps=5, throw=False
+    )
+    np.testing.assert_allclose(sol.value, y, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mixing", [1.0, 0.3, -0.5])
+def test_anderson_solves_a_linear_map_in_as_many_steps_as_unknowns(mixing):
+    matrix = np.random.default_rng(1).normal(size=(4, 4))
+    b = np.arange(4.0)
+    solver = Anderson(rtol=1e-9, atol=1e-9, window=4, mixing=mixing, safeguard=1e6)
+    sol = optx.fixed_point(
+        lambda y, args: args[0] @ y + args[1],
+        solver,
+        jnp.zeros(4),
+        (jnp.asarray(matrix), jnp.asarray(b)),
+        max_steps=8,
+    )
+    np.testing.assert_allclose(sol.value, np.linalg.solve(np.eye(4) - matrix, b))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("update", ["good", "bad"])
+def test_broyden_finds_roots_of_either_sign(sign, update):
+    def fn(y, args):  # Kelley's example: the root is (1, 1).
+        a, b = y["a"], y["b"]
+        return {"a": sign * (a**2 + b**2 - 2), "b": sign * (jnp.exp(a - 1) + b**2 - 2)}
+
+    solver = Broyden(rtol=1e-10, atol=1e-10, update=update)
+    sol = optx.root_find(fn, solver, {"a": jnp.array(1.5), "b": jnp.array(0.7)})
+    np.testing.assert_allclose([sol.value["a"], sol.value["b"]], 1, rtol=1e-9)
+
+
+def test_broyden_forgets_a_full_memory_and_goes_on():
+    p = BY_NAME["PageRank"]
+    sol = solve(p, Broyden(rtol=0.0, atol=1e-10, window=3))
+    assert sol.result == optx.RESULTS.successful
+    np.testing.assert_allclose(sol.value, p.solution, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Anderson, AutoFixedPoint, Broyden])
+def test_bad_parameters_are_refused_by_name(kind):
+    with pytest.raises(ValueError, match=r"rtol=\.\.\.\)` must be at least 0"):
+        kind(rtol=-1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match=r"window=\.\.\.\)` must be at least 1"):
+        kind(rtol=1e-6, atol=1e-6, window=0)
+    with pytest.raises(ValueError, match="larger than `max_steps=4`"):
+        optx.fixed_point(
+            lambda y, args: jnp.cos(y),
+            kind(rtol=1e-6, atol=1e-6, window=5),
+            jnp.array(1.0),
+            options={"max_steps": 4},
+            max_steps=4,
+        )
+
+
+def test_broyden_refuses_a_residual_unlike_the_state():
+    solver = Broyden(rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="structure, shapes and dtypes of `y`"):
+        optx.root_find(lambda y, args: y[:2], solver, jnp.ones(3))
