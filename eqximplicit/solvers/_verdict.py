@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
 from .._solution import RESULTS
 from . import _vector_space as vs
@@ -110,7 +110,7 @@ class Tolerance(eqx.Module):
 
     rtol: float
     atol: float
-    norm: Callable[[PyTree[Array]], Scalar]
+    norm: Callable[[Any], Scalar]
 
     def measure(self, deviation: Any, y: Any) -> Float[Array, ""]:
         """Returns the norm of `deviation / (atol + rtol |y|)`."""
@@ -198,6 +198,11 @@ def coarse(result: RESULTS) -> optx.RESULTS:
     )
     good = result == RESULTS.successful
     return optx.RESULTS.where(good, optx.RESULTS.successful, failed)
+
+
+def divergence() -> RESULTS:
+    """Returns optimistix's divergence as one of our codes."""
+    return RESULTS.promote(optx.RESULTS.nonlinear_divergence)
 
 
 def why_stuck(best: Best[Any]) -> RESULTS:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, Generic
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import Aux, RESULTS, Y
 from . import _history as hist, _vector_space as vs, _verdict as verdict
@@ -92,7 +91,7 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
     ridge: float = 1e-12
     restart: int | None = None
     safeguard: float = 10.0
-    norm: Callable[[PyTree[Array]], Scalar] = optx.max_norm
+    norm: Callable[[Any], Scalar] = optx.max_norm
 
     def __check_init__(self) -> None:
         verdict.check_tolerances("Anderson", self.rtol, self.atol)
@@ -112,12 +111,12 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def init(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        f_struct: Any,
+        aux_struct: Any,
         tags: frozenset[object],
     ) -> _State[Y]:
         """Returns the state before the first evaluation, which is at `y`."""
@@ -141,9 +140,9 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def step(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -158,9 +157,9 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def terminate(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -171,10 +170,10 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def postprocess(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
         aux: Aux,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -245,9 +244,7 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         rounding = (state.num_stale >= STALE) & (best.floor <= verdict.NEAR_ROUNDING)
         gave_up = state.size < SMALLEST
         ongoing = ~(state.done | best.converged)
-        result = RESULTS.where(
-            ongoing & gave_up, RESULTS.nonlinear_divergence, state.result
-        )
+        result = RESULTS.where(ongoing & gave_up, verdict.divergence(), state.result)
         result = RESULTS.where(ongoing & rounding, verdict.why_stuck(best), result)
         return eqx.tree_at(
             lambda s: (s.best, s.done, s.result),

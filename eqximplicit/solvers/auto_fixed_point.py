@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import Aux, RESULTS, Y
 from . import _history as hist, _vector_space as vs, _verdict as verdict
@@ -163,7 +163,7 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
     rtol: float
     atol: float
     window: int = 10
-    norm: Callable[[PyTree[Array]], Scalar] = optx.max_norm
+    norm: Callable[[Any], Scalar] = optx.max_norm
 
     def __check_init__(self) -> None:
         verdict.check_tolerances("AutoFixedPoint", self.rtol, self.atol)
@@ -171,12 +171,12 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def init(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        f_struct: Any,
+        aux_struct: Any,
         tags: frozenset[object],
     ) -> _State[Y]:
         """Returns the state before the first evaluation, which is at `y`."""
@@ -205,9 +205,9 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def step(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -224,9 +224,9 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def terminate(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -237,10 +237,10 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     def postprocess(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
         aux: Aux,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import Aux, RESULTS, Y
 from . import _history as hist, _vector_space as vs, _verdict as verdict
@@ -126,7 +126,7 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
     atol: float
     window: int = 20
     update: Literal["good", "bad"] = "good"
-    norm: Callable[[PyTree[Array]], Scalar] = optx.max_norm
+    norm: Callable[[Any], Scalar] = optx.max_norm
 
     def __check_init__(self) -> None:
         verdict.check_tolerances("Broyden", self.rtol, self.atol)
@@ -138,12 +138,12 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
 
     def init(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        f_struct: Any,
+        aux_struct: Any,
         tags: frozenset[object],
     ) -> _State[Y]:
         """Returns the state before the first evaluation, which is at `y`."""
@@ -171,9 +171,9 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
 
     def step(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -188,9 +188,9 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
 
     def terminate(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -201,10 +201,10 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
 
     def postprocess(
         self,
-        fn: Callable[[Y, PyTree[Any]], tuple[Y, Aux]],
+        fn: Callable[[Y, Any], tuple[Y, Aux]],
         y: Y,
         aux: Aux,
-        args: PyTree[Any],
+        args: Any,
         options: dict[str, Any],
         state: _State[Y],
         tags: frozenset[object],
@@ -341,7 +341,7 @@ def _shorter(
     return jnp.clip(vertex, size / 10, size / 2)
 
 
-def _check_square(f_struct: PyTree[Any], y: PyTree[Array]) -> None:
+def _check_square(f_struct: Any, y: Any) -> None:
     """Refuses a residual that is not in the space of `y`."""
     shapes = [
         [(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in jtu.tree_leaves(tree)]
