@@ -171,7 +171,43 @@ def test_aux_belongs_to_the_point_returned():
     np.testing.assert_allclose(sol.value, 0.0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["rtol", "atol", "max_restarts"])
+@pytest.mark.parametrize("krylov_above", [0, 100])
+def test_large_state_is_solved_leaf_by_leaf_without_a_jacobian(krylov_above):
+    # Bratu's problem -u'' = exp(u) in 1-D; its solution is known in closed form:
+    # u(x) = 2 log(cosh(c / 4) / cosh((x - 1/2) c / 2)) and c = sqrt(2) cosh(c / 4).
+    n = 60
+    h = 1.0 / (n + 1)
+
+    def fn(y, args):
+        u = jnp.pad(jnp.concatenate([y["left"], y["right"]]), 1)
+        out = 2.0 * u[1:-1] - u[:-2] - u[2:] - h**2 * jnp.exp(u[1:-1])
+        return {"left": out[: n // 2], "right": out[n // 2 :]}
+
+    y0 = {"left": jnp.zeros(n // 2), "right": jnp.zeros(n // 2)}
+    y, stats, claimed = _solve(fn, y0, solver=AutoRootFinder(krylov_above=krylov_above))
+    assert claimed
+    c = 0.0
+    for _ in range(200):
+        c = np.sqrt(2.0) * np.cosh(c / 4.0)
+    x = h * np.arange(1, n + 1)
+    exact = 2.0 * np.log(np.cosh(c / 4.0) / np.cosh((x - 0.5) * c / 2.0))
+    np.testing.assert_allclose(
+        np.concatenate([y["left"], y["right"]]), exact, atol=h**2
+    )
+    residual = jnp.max(jnp.stack([jnp.max(jnp.abs(v)) for v in fn(y, None).values()]))
+    np.testing.assert_allclose(stats["residual_norm"], residual, atol=1e-15)
+
+
+def test_krylov_stops_by_itself_where_there_is_no_root():
+    solver = AutoRootFinder(krylov_above=0)
+    _, stats, claimed = _solve(
+        lambda y, a: y**2 + 1.0, jnp.ones(3) * 2.0, solver=solver
+    )
+    assert not claimed
+    assert bool(stats["result"] == RESULTS.local_minimum)
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol", "max_restarts", "krylov_above"])
 def test_negative_number_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"AutoRootFinder\({name}=...\)"):
         AutoRootFinder(**{name: -1})

@@ -13,10 +13,18 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._solution import Aux, RESULTS, Y
 from ._root_dense import DenseState, init_dense, is_over, Limits, step_dense, why
+from ._root_krylov import (
+    init_krylov,
+    is_over_krylov,
+    KrylovState,
+    step_krylov,
+    why_krylov,
+)
 from ._root_vector import real_size
-from ._vector_space import real_dtype
+from ._vector_space import has_complex, one_dtype, real_dtype
 
 _Fn = Callable[[Y, Any], tuple[PyTree[Array], Aux]]
+_State = DenseState[Any] | KrylovState[Any, Any]
 # The default tolerance, and the smallest sensible one in units of the dtype's epsilon.
 _ATOL, _RESOLUTION = 1e-9, 84.0
 
@@ -37,7 +45,7 @@ def zeros_for(struct: PyTree[Any]) -> PyTree[Any]:
     return jtu.tree_map(zero, struct)
 
 
-class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
+class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, _State]):
     r"""A root finder that needs no tuning and claims nothing that it has not seen.
 
     One compiled loop, one trial point and one linear solve per step, and the ways of
@@ -54,6 +62,11 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
     `singular_jacobian`, `unattainable_tolerance`, `nonlinear_max_steps_reached` or
     `nonfinite_start`. Each failing lane of a `jax.vmap` stops by itself.
 
+    Above `krylov_above` unknowns no Jacobian is formed: the same name then stands for
+    an inexact Newton-Krylov method with backtracking (GMRES, as accurate as Eisenstat
+    and Walker's forcing term asks), whose state keeps the leaves of `y`. A state of
+    complex or of several dtypes is solved with a Jacobian at any size.
+
     Hard problems take some hundred steps; `max_steps=512` leaves room for the restarts.
 
     **Arguments:**
@@ -65,6 +78,7 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         1e-5 in float32.
     - `max_restarts`: how often to start again out of a stationary point of the residual
         norm, or out of a slow descent, before the solve fails.
+    - `krylov_above`: the largest number of unknowns for which a Jacobian is formed.
 
     **Raises:**
 
@@ -81,6 +95,8 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
 
     ??? cite "References"
 
+        S. C. Eisenstat, H. F. Walker, *Choosing the forcing terms in an inexact Newton
+        method*, SIAM J. Sci. Comput. 17 (1996): choice 2 and its safeguard.
         D. W. Marquardt, *An algorithm for least-squares estimation of nonlinear
         parameters*, SIAM J. Appl. Math. 11 (1963): the damped step.
         J. J. Moré, *The Levenberg-Marquardt algorithm: implementation and theory*,
@@ -96,9 +112,10 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
     atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[PyTree[Array]], Scalar] = optx.max_norm
     max_restarts: int = 12
+    krylov_above: int = 500
 
     def __check_init__(self) -> None:
-        for name in ("rtol", "atol", "max_restarts"):
+        for name in ("rtol", "atol", "max_restarts", "krylov_above"):
             value = getattr(self, name)
             if value is not None and not (0 <= value < math.inf):
                 raise ValueError(
@@ -121,11 +138,14 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         f_struct: PyTree[jax.ShapeDtypeStruct],
         aux_struct: PyTree[Any],
         tags: frozenset[object],
-    ) -> DenseState[Any]:
+    ) -> _State:
         """Returns the state whose first trial is `y`; evaluates nothing."""
         del fn, args, options, tags
         _check_square(f_struct, y)
-        return init_dense(y, zeros_for(aux_struct))
+        aux = zeros_for(aux_struct)
+        if _fits_krylov(f_struct, y) and real_size(y) > self.krylov_above:
+            return init_krylov(y, aux)
+        return init_dense(y, aux)
 
     def step(
         self,
@@ -133,12 +153,15 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         y: Y,
         args: PyTree[Any],
         options: dict[str, Any],
-        state: DenseState[Aux],
+        state: _State,
         tags: frozenset[object],
-    ) -> tuple[Y, DenseState[Aux], Aux]:
+    ) -> tuple[Y, _State, Aux]:
         """Returns the best point so far, after one more trial."""
-        del options, tags
+        del options
         limits = self._limits(y)
+        if isinstance(state, KrylovState):
+            y, state = step_krylov(fn, args, y, state, tags)
+            return y, state, state.aux
         y, state = step_dense(lambda y: fn(y, args), y, state, limits)
         return y, state, state.aux
 
@@ -148,12 +171,16 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         y: Y,
         args: PyTree[Any],
         options: dict[str, Any],
-        state: DenseState[Aux],
+        state: _State,
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Returns whether the solve is over; with success only if `y` is a root."""
         del fn, args, options, tags
-        done, success = is_over(state, self._limits(y))
+        limits = self._limits(y)
+        if isinstance(state, KrylovState):
+            done, success = is_over_krylov(state, limits.atol)
+        else:
+            done, success = is_over(state, limits)
         failure = optx.RESULTS.nonlinear_divergence
         failed = done & ~success
         result = optx.RESULTS.where(failed, failure, optx.RESULTS.successful)
@@ -166,22 +193,35 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, Any]):
         aux: Aux,
         args: PyTree[Any],
         options: dict[str, Any],
-        state: DenseState[Aux],
+        state: _State,
         tags: frozenset[object],
         result: optx.RESULTS,
     ) -> tuple[Y, Aux, dict[str, Any]]:
         """Returns the best point, its `aux`, and what was seen on the way."""
         del fn, aux, args, options, tags
-        reason = why(state, y, self._limits(y))
+        limits = self._limits(y)
+        if isinstance(state, KrylovState):
+            reason, largest = why_krylov(state, limits.atol), state.largest
+            restarts = jnp.zeros_like(state.num_evaluations)
+        else:
+            reason, largest = why(state, y, limits), state.best_max
+            restarts = state.phases.num_cycles
         ended = result == optx.RESULTS.nonlinear_max_steps_reached
         reason = RESULTS.where(ended, RESULTS.nonlinear_max_steps_reached, reason)
         stats = {
             "result": reason,
-            "residual_norm": state.best_max,
+            "residual_norm": largest,
             "num_evaluations": state.num_evaluations,
-            "num_restarts": state.phases.num_cycles,
+            "num_restarts": restarts,
         }
         return y, state.aux, stats
+
+
+def _fits_krylov(f_struct: PyTree[Any], y: PyTree[Any]) -> bool:
+    shapes = [(x.shape, x.dtype) for x in jtu.tree_leaves(y)]
+    same = jtu.tree_structure(f_struct) == jtu.tree_structure(y)
+    same = same and shapes == [(x.shape, x.dtype) for x in jtu.tree_leaves(f_struct)]
+    return same and one_dtype(y) and not has_complex(y)
 
 
 def _warn_below_resolution(atol: float, dtype: Any) -> None:

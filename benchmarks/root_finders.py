@@ -1,0 +1,124 @@
+"""Prints a Markdown table of root finders on the standard systems and MINPACK's runs.
+
+Run it as `python benchmarks/root_finders.py`. A point counts as solved when
+`max|f| < 1e-8` there, whatever the solver says; a success claimed with `max|f|` above
+1e-6 is *wrong*, between the two *loose*. Evaluations are those of the function and of
+its JVPs, `n` for a dense Jacobian: as reported by the solver, otherwise `n + 1` per
+step; their median is over the solved standard systems.
+"""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import scipy.optimize
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from standard_systems import MINPACK_RUNS, STANDARD_SYSTEMS
+
+from eqximplicit.solvers import AutoRootFinder
+
+jax.config.update("jax_enable_x64", True)
+SOLVED, WRONG, MAX_STEPS = 1e-8, 1e-6, 512
+
+OPTIMISTIX = {
+    "**AutoRootFinder**": AutoRootFinder(),
+    "optx.Newton": optx.Newton(rtol=1e-10, atol=1e-10),
+    "optx.Dogleg": optx.Dogleg(rtol=1e-10, atol=1e-10),
+    "optx.LevenbergMarquardt": optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10),
+}
+
+
+def optimistix_run(solver, system):
+    y0 = jnp.asarray(system.start)
+    sol = optx.root_find(system.fn, solver, y0, max_steps=MAX_STEPS, throw=False)
+    evaluations = sol.stats.get("num_evaluations")
+    if evaluations is None:  # one linearisation and n JVPs in every step
+        evaluations = sol.stats["num_steps"] * (1 + y0.size)
+    claimed = bool(sol.result == optx.RESULTS.successful)
+    return np.asarray(sol.value), claimed, int(evaluations)
+
+
+def scipy_run(method, system):
+    fn = jax.jit(lambda x: system.fn(x, None))
+    jac = jax.jit(jax.jacfwd(lambda x: system.fn(x, None)))
+    n = system.start.size
+    sol = scipy.optimize.root(
+        lambda x: np.asarray(fn(x)),
+        system.start,
+        jac=lambda x: np.asarray(jac(x)),
+        method=method,
+    )
+    return sol.x, bool(sol.success), int(sol.nfev + n * sol.get("njev", 0))
+
+
+def jaxopt_run(system):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import jaxopt
+    y0 = jnp.asarray(system.start)
+    solver = jaxopt.LevenbergMarquardt(
+        lambda x: system.fn(x, None), maxiter=MAX_STEPS, tol=1e-10, xtol=0.0, gtol=1e-10
+    )
+    sol = solver.run(y0)
+    # It has no verdict of its own: below `maxiter` it says that it has converged.
+    claimed = int(sol.state.iter_num) < MAX_STEPS
+    return np.asarray(sol.params), claimed, int(sol.state.iter_num) * (1 + y0.size)
+
+
+def compile_time(solver):
+    """CPU seconds to trace and compile at n = 10, the median of three."""
+    system = next(s for s in STANDARD_SYSTEMS if s.name == "Broyden tridiagonal")
+    seconds = []
+    for _ in range(3):
+        jax.clear_caches()
+        start = time.process_time()
+        jax.jit(
+            lambda y: (
+                optx.root_find(
+                    system.fn, solver, y, max_steps=MAX_STEPS, throw=False
+                ).value
+            )
+        ).lower(jnp.asarray(system.start)).compile()
+        seconds.append(time.process_time() - start)
+    return f"{sorted(seconds)[1]:.2f}"
+
+
+def row(name, run, compiled):
+    solved, wrong, loose, costs = [0, 0], 0, 0, []
+    for which, systems in enumerate((STANDARD_SYSTEMS, MINPACK_RUNS)):
+        for system in systems:
+            x, claimed, cost = run(system)
+            residual = float(np.max(np.abs(system.fn(jnp.asarray(x), None))))
+            solved[which] += residual < SOLVED
+            wrong += claimed and not residual <= WRONG
+            loose += claimed and SOLVED <= residual <= WRONG
+            if which == 0 and residual < SOLVED:
+                costs.append(cost)
+    median = f"{np.median(costs):.0f}"
+    cells = (name, f"{solved[0]}/23", f"{solved[1]}/54", wrong, loose, median, compiled)
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def main():
+    print("| solver | standard | MINPACK | wrong | loose | evaluations | compile (s) |")
+    print("|---|---|---|---|---|---|---|")
+    for name, solver in OPTIMISTIX.items():
+        row(
+            name,
+            lambda s, solver=solver: optimistix_run(solver, s),
+            compile_time(solver),
+        )
+    row("jaxopt.LevenbergMarquardt", jaxopt_run, "")
+    for method in ("hybr", "lm"):
+        row(f"scipy {method}", lambda s, m=method: scipy_run(m, s), "")
+
+
+if __name__ == "__main__":
+    main()
