@@ -174,11 +174,15 @@ CELL_JACOBIAN = (
 )
 
 
+def _para_of(cell: Cell) -> Para:
+    return cell.para
+
+
 def cell_layer(alpha: Any = 10.0, beta: Any = 3.0, **kwargs: Any) -> Any:
     para = Para(jnp.array(alpha, float), jnp.array(beta, float))
     return eqi.ImplicitFunction(
         eqi.FixedPoint(Cell(para)),
         optx.Newton(rtol=1e-10, atol=1e-10),
-        where=lambda fn: fn.para,
+        where=_para_of,
         **kwargs,
     )

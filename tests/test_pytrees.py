@@ -239,6 +239,34 @@ def test_integer_argument_of_plain_jax_grad_with_allow_int_has_a_float0_cotangen
     assert by_index.dtype == jax.dtypes.float0
 
 
+def test_parameters_of_single_double_and_complex_dtype_beside_each_other():
+    def load(args):
+        real = args["single"].astype(float) * args["double"]
+        return real + jnp.abs(args["complex"]) ** 2
+
+    @jax.jit
+    def run(args):
+        def solution(args):
+            y = jnp.cbrt(load(args))
+            return eqi.implicit_solution(
+                eqi.Root(lambda y, args: y**3 - load(args)), y, args
+            )
+
+        return jax.grad(solution)(args), jax.grad(lambda a: jnp.cbrt(load(a)))(args)
+
+    args = {
+        "single": jnp.array(1.5, jnp.float32),
+        "double": jnp.array(2.0),
+        "complex": jnp.array(1.0 - 2.0j),
+    }
+    gradient, expected = run(args)
+    dtypes = [{k: x.dtype for k, x in tree.items()} for tree in (gradient, args)]
+    assert dtypes[0] == dtypes[1]
+    assert_close(gradient["single"], expected["single"], tol=SINGLE)
+    assert_close(gradient["double"], expected["double"])
+    assert_close(gradient["complex"], expected["complex"])
+
+
 # --- numbers as states --------------------------------------------------------------
 
 
@@ -402,19 +430,21 @@ def test_real_parameter_of_a_complex_state_has_a_real_derivative():
 
 
 def test_complex_minimum_of_a_real_objective():
-    # |z - c|² + |z|² has the minimum c / 2.
+    # With z = p + iq and c = a + ib: (p - a)² + (q - b)² + p² + q² + pq.
     def objective(z, c):
-        return jnp.sum(jnp.abs(z - c) ** 2 + jnp.abs(z) ** 2)
+        return jnp.abs(z - c) ** 2 + jnp.abs(z) ** 2 + jnp.imag(z**2) / 2
 
-    c = jnp.array([1.0 + 2.0j, -0.5j])
+    hessian = np.array([[4.0, 1.0], [1.0, 4.0]])
+    c = jnp.array(1.0 + 2.0j)
+    p, q = np.linalg.solve(hessian, [2 * c.real, 2 * c.imag])
 
     def loss(c):
-        y = eqi.implicit_solution(eqi.Minimum(objective), c / 2, c)
-        return jnp.sum(jnp.real(y) ** 2 + 3 * jnp.imag(y) ** 2)
+        y = eqi.implicit_solution(eqi.Minimum(objective), jnp.array(p + 1j * q), c)
+        return jnp.real(y) ** 2 + 3 * jnp.imag(y)
 
     gradient = jax.jit(jax.grad(loss))(c)
-    c = np.asarray(c)
-    assert_close(gradient, (c.real - 3j * c.imag) / 2)
+    by_a, by_b = 2 * np.linalg.solve(hessian, [2 * p, 3.0])
+    assert_close(gradient, by_a - 1j * by_b)
 
 
 def test_complex_beside_real_leaves_in_one_state():
