@@ -1,6 +1,6 @@
 """Solutions of equations as differentiable building blocks of Equinox models."""
 
-from . import linear_solvers as linear_solvers, solvers as solvers
+from . import linear_solvers as linear_solvers, nn as nn, solvers as solvers
 from ._adjoint import (
     AbstractAdjoint as AbstractAdjoint,
     ImplicitAdjoint as ImplicitAdjoint,
@@ -31,5 +31,31 @@ from ._implicit import (
 )
 from ._module import AbstractImplicitModule as AbstractImplicitModule
 from ._solution import RESULTS as RESULTS, Solution as Solution
+from .linear_solvers import (
+    AutoLinearSolver as AutoLinearSolver,
+    DirectLU as DirectLU,
+    DirectSymmetric as DirectSymmetric,
+    HybridKrylov as HybridKrylov,
+    LeastNorm as LeastNorm,
+    Neumann as Neumann,
+    NormalCG as NormalCG,
+    Nystrom as Nystrom,
+    SparseDirect as SparseDirect,
+    Tikhonov as Tikhonov,
+)
+from .solvers import (
+    AbstractHostSolver as AbstractHostSolver,
+    Anderson as Anderson,
+    AutoFixedPoint as AutoFixedPoint,
+    AutoLeastSquares as AutoLeastSquares,
+    AutoMinimiser as AutoMinimiser,
+    AutoRootFinder as AutoRootFinder,
+    Broyden as Broyden,
+    FIRE as FIRE,
+    HostSolver as HostSolver,
+    ScipyFixedPoint as ScipyFixedPoint,
+    ScipyMinimize as ScipyMinimize,
+    ScipyRoot as ScipyRoot,
+)
 
 __version__ = "0.1.0"

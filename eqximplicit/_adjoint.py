@@ -7,13 +7,14 @@ from typing import Any, Literal
 import equinox as eqx
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from ._captured import detach
 from ._condition import AbstractCondition, Root
+from ._custom_types import PyTree
 from ._implicit import implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
-from ._solution import RESULTS
+from ._solution import RESULTS, where_result
 from ._state import stop_gradient
 from .linear_solvers import AutoLinearSolver
 
@@ -64,7 +65,7 @@ def _judged(outcome: Outcome, residual_tol: float | None) -> Outcome:
     # A NaN residual fails the comparison, which is written so that it does.
     small = outcome.stats["residual_norm"] <= residual_tol
     unexplained = ~small & (outcome.result == RESULTS.successful)
-    result = RESULTS.where(unexplained, RESULTS.residual_too_large, outcome.result)
+    result = where_result(unexplained, RESULTS.residual_too_large, outcome.result)
     trusted = outcome.trusted & small
     return Outcome(outcome.y, outcome.aux, result, trusted, outcome.stats)
 
@@ -114,7 +115,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         self,
         primal_fn: Callable[..., Any],
         rewrite_fn: Callable[..., Any],
-        inputs: PyTree,
+        inputs: PyTree[Any],
         tags: frozenset[object],
     ) -> PyTree[Array]:
         """Runs optimistix's loop; optimistix calls this when given as `adjoint=`."""
@@ -158,14 +159,14 @@ class UnrolledAdjoint(AbstractAdjoint):
             live, while_loop = inputs
             return live.run(live, while_loop)
 
-        outcome = self.apply(run, run, (solve,), solve.condition.tags)
+        outcome: Any = self.apply(run, run, (solve,), solve.condition.tags)
         return _judged(outcome, residual_tol)
 
     def apply(
         self,
         primal_fn: Callable[..., Any],
         rewrite_fn: Callable[..., Any],
-        inputs: PyTree,
+        inputs: PyTree[Any],
         tags: frozenset[object],
     ) -> PyTree[Array]:
         """Runs a loop that JAX can differentiate; optimistix calls this too."""

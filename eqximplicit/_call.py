@@ -1,4 +1,4 @@
-"""Running a solver that is a bare callable `(y0, args) -> y`, traceable or not."""
+"""Running a solver that keeps its own loop: a host solver, or a bare callable."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 
 from ._captured import captured_tracers
+from ._condition import AbstractCondition, FixedPoint, LeastSquares, Minimum
 from ._iterate import Outcome
-from ._solution import RESULTS
+from ._solution import is_successful, RESULTS, where_result
 from ._state import (
     all_finite,
     as_state,
@@ -17,6 +19,7 @@ from ._state import (
     describe,
     leaf_name,
 )
+from .solvers import AbstractHostSolver
 
 _NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,
@@ -27,12 +30,47 @@ _NOT_TRACEABLE = (
 )
 
 
+def _host_fn(
+    solver: AbstractHostSolver, condition: AbstractCondition[Any, Any]
+) -> Callable[[Any, Any], Any]:
+    fits = {
+        "root": not isinstance(condition, (Minimum, LeastSquares)),
+        "fixed_point": isinstance(condition, FixedPoint),
+        "minimise": isinstance(condition, Minimum),
+        "any": True,
+    }
+    if not fits[solver.kind]:
+        raise TypeError(
+            f"The solver `{type(solver).__name__}` cannot solve a "
+            f"`{type(condition).__name__}`: it is for kind `{solver.kind}`. Use a host "
+            "solver of the condition's kind."
+        )
+    if solver.kind == "root":
+        return condition.residual
+    return lambda y, args: condition.call(y, args)[0]
+
+
+def call_host_solver(
+    solver: AbstractHostSolver,
+    condition: AbstractCondition[Any, Any],
+    y0: Any,
+    args: Any,
+) -> Outcome:
+    """The outcome of a host solver on a hoisted condition.
+
+    **Raises:** `TypeError` if the solver is of the wrong kind for the condition.
+    """
+    y, result, stats = solver.solve(_host_fn(solver, condition), y0, args)
+    aux = condition.call(y, args)[1]
+    return Outcome(y, aux, result, jnp.asarray(is_successful(result)), stats)
+
+
 def _traced_inputs(solver: Callable[..., Any], y0: Any, args: Any) -> list[str]:
     inputs = [
         (leaf_name(root, path), leaf)
         for root, tree in (("y0", y0), ("args", args))
         for path, leaf in jtu.tree_leaves_with_path(tree)
-        if isinstance(leaf, jax.core.Tracer)
+        if isinstance(leaf, Tracer)
     ]
     captured = [
         (f"{name} (captured by the solver)", leaf)
@@ -57,12 +95,12 @@ def _not_traceable(
 def _split(out: Any, has_aux: bool) -> tuple[Any, Any]:
     if not has_aux:
         return out, None
-    if not isinstance(out, tuple) or len(out) != 2:  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(out, tuple) or len(out) != 2:
         raise ValueError(
             "`has_aux=True` needs a solver that returns a pair `(y, aux)`; got "
             f"{jtu.tree_structure(out)}. Return a pair or drop `has_aux`."
         )
-    return out  # pyright: ignore[reportUnknownVariableType]
+    return out
 
 
 def call_solver(
@@ -82,5 +120,5 @@ def call_solver(
     if jtu.tree_leaves(y0):
         check_same_shapes("The solver's solution", y, as_state(y0))
     finite = all_finite(y)
-    result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)
+    result = where_result(finite, RESULTS.successful, RESULTS.nonfinite)
     return Outcome(y, aux, result, finite, {"num_steps": jnp.full((), -1)})

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
+from jax.core import Tracer
 
 from ._state import leaf_name, stop_gradient
 
@@ -61,20 +62,20 @@ def _parts(value: object, name: str) -> Iterator[tuple[str, object]]:
 
 def _tracers(
     value: object, name: str, seen: frozenset[int]
-) -> Iterator[tuple[str, jax.core.Tracer]]:
+) -> Iterator[tuple[str, Tracer[Any]]]:
     if id(value) in seen or len(seen) > 32:
         return
     seen = seen | {id(value)}
     for path, leaf in jtu.tree_leaves_with_path(value, is_leaf=_is_plain_function):
         leaf_label = leaf_name(name, path)
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             yield leaf_label, leaf
         elif not isinstance(leaf, (jax.Array, bool, int, float, complex, str)):
             for part_name, part in _parts(leaf, leaf_label):
                 yield from _tracers(part, part_name, seen)
 
 
-def captured_tracers(fn: Callable[..., Any]) -> list[tuple[str, jax.core.Tracer]]:
+def captured_tracers(fn: Callable[..., Any]) -> list[tuple[str, Tracer[Any]]]:
     """The traced arrays that `fn` carries, each with the name that reaches it."""
     return list(_tracers(fn, getattr(fn, "__name__", "solver"), frozenset()))
 

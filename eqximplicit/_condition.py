@@ -8,7 +8,7 @@ solution is differentiated, is not known here.
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, cast, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from equinox import AbstractVar
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from ._custom_types import PyTree
 from ._state import (
     check_same_field,
     check_same_shapes,
@@ -34,7 +35,7 @@ _Condition = TypeVar("_Condition", bound="AbstractCondition[Any, Any]")
 
 def _tag_set(tags: object) -> frozenset[object]:
     if isinstance(tags, Iterable) and not isinstance(tags, str):
-        return frozenset(tags)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return frozenset(tags)
     return frozenset({tags})
 
 
@@ -55,7 +56,7 @@ class AbstractCondition(eqx.Module, Generic[Y, Args]):
         output of the solver (a neighbour list, say).
     """
 
-    fn: AbstractVar[Callable[..., Any]]
+    fn: AbstractVar[Callable[[Y, Args], Any] | Callable[[Y, Args, Any], Any]]
     tags: AbstractVar[frozenset[object]]
     has_aux: AbstractVar[bool]
     takes_aux: AbstractVar[bool]
@@ -73,15 +74,16 @@ class AbstractCondition(eqx.Module, Generic[Y, Args]):
 
     def call(self, y: Y, args: Args, aux: Any = None) -> tuple[Any, Any]:
         """Returns `fn`'s output and its auxiliary output (`None` without `has_aux`)."""
-        out = self.fn(y, args, aux) if self.takes_aux else self.fn(y, args)
+        fn = cast(Callable[..., Any], self.fn)
+        out = fn(y, args, aux) if self.takes_aux else fn(y, args)
         if not self.has_aux:
             return out, None
-        if not isinstance(out, tuple) or len(out) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        if not isinstance(out, tuple) or len(out) != 2:
             raise ValueError(
                 "`has_aux=True` needs a function that returns a pair `(out, aux)`; "
                 f"got {jtu.tree_structure(out)}. Return a pair or drop `has_aux`."
             )
-        return out  # pyright: ignore[reportUnknownVariableType]
+        return out
 
 
 class _Hoisted(eqx.Module):
@@ -118,7 +120,7 @@ def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Conditi
 
 def _as_array(leaf: object) -> Array:
     if eqx.is_array_like(leaf):
-        return jnp.asarray(leaf)  # pyright: ignore[reportArgumentType]
+        return jnp.asarray(leaf)
     raise ValueError(
         f"The function returned {describe(leaf)} where a number or an array belongs. "
         "Return auxiliary output with `has_aux=True`."
@@ -136,7 +138,7 @@ class Root(AbstractCondition[Y, Args]):
     - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[[Y, Args], Any] | Callable[[Y, Args, Any], Any]
     tags: frozenset[object] = eqx.field(
         default=frozenset(), static=True, converter=_tag_set
     )
@@ -168,7 +170,7 @@ class FixedPoint(AbstractCondition[Y, Args]):
     - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[[Y, Args], Any] | Callable[[Y, Args, Any], Any]
     tags: frozenset[object] = eqx.field(
         default=frozenset(), static=True, converter=_tag_set
     )
@@ -200,7 +202,7 @@ class Minimum(AbstractCondition[Y, Args]):
     - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[[Y, Args], Any] | Callable[[Y, Args, Any], Any]
     tags: frozenset[object] = eqx.field(
         default=frozenset(), static=True, converter=_symmetric_tag_set
     )
@@ -237,7 +239,7 @@ class LeastSquares(AbstractCondition[Y, Args]):
     - `takes_aux`: whether `fn` is called as `fn(y, args, aux)`.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[[Y, Args], Any] | Callable[[Y, Args, Any], Any]
     tags: frozenset[object] = eqx.field(
         default=frozenset(), static=True, converter=_symmetric_tag_set
     )

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
+from jax.core import Tracer
 
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
-from ._call import call_solver
+from ._call import call_host_solver, call_solver
 from ._condition import AbstractCondition, hoist
 from ._iterate import iterate, Outcome, WhileLoop
 from ._solution import RESULTS, Solution
 from ._state import as_state, max_abs, stop_gradient
 from ._static import refuse_static_arrays
+from .solvers import AbstractHostSolver
 from .solvers._default import default_solver
 
 Y = TypeVar("Y")
@@ -82,7 +84,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         *,
         where: Callable[[Any], Params] = _identity,
         y0: Y | None = None,
-        max_steps: int | None = 256,
+        max_steps: int | None = 512,
         throw: bool = True,
         has_aux: bool = False,
         residual_tol: float | None = None,
@@ -100,7 +102,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         self.options = {} if options is None else options
 
     def __check_init__(self) -> None:
-        if not callable(self.solver) and not _is_iterative(self.solver):
+        if not callable(self.solver) and _is_bare(self.solver):
             raise TypeError(
                 "`solver` must be an optimistix solver, a host solver or a callable "
                 f"`(y0, args) -> y`; got {self.solver!r}."
@@ -147,7 +149,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         solver that do not fit; a runtime error if the solve fails and `throw` is set.
         """
         guess = self.y0 if y0 is None else y0
-        if guess is None and _is_iterative(self.solver):
+        if guess is None and not _is_bare(self.solver):
             raise ValueError(
                 "No initial guess: call `layer(y0, args)`, or give the layer one with "
                 "`ImplicitFunction(..., y0=...)`."
@@ -161,19 +163,29 @@ def _is_iterative(solver: object) -> bool:
     return isinstance(solver, optx.AbstractIterativeSolver)
 
 
+def _is_bare(solver: object) -> bool:
+    """Whether the solver is run as `solver(y0, args)`, and knows no condition."""
+    return not _is_iterative(solver) and not isinstance(solver, AbstractHostSolver)
+
+
 def _is_staged() -> bool:
     """Whether an enclosing `jit` or loop records operations instead of running them."""
-    return isinstance(jax.lax.full((), 0), jax.core.Tracer)
+    return isinstance(jax.lax.full((), 0), Tracer)
 
 
-def _run_iterative(
+def _run(
     layer: ImplicitFunction[Any, Any, Any, Any], solve: Solve, while_loop: WhileLoop
 ) -> Outcome:
+    condition, solver, y0, args = solve.condition, solve.solver, solve.y0, solve.args
+    if isinstance(solver, AbstractHostSolver):
+        return call_host_solver(solver, condition, y0, args)
+    if not _is_iterative(solver):
+        return call_solver(solver, y0, args, layer.has_aux)
     return iterate(
-        solve.condition,
-        solve.solver,
-        solve.y0,
-        solve.args,
+        condition,
+        solver,
+        y0,
+        args,
         options=layer.options,
         max_steps=layer.max_steps,
         while_loop=while_loop,
@@ -191,18 +203,13 @@ def _with_residual_norm(solve: Solve, outcome: Outcome) -> Outcome:
 
 def _solve(layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any) -> Any:
     condition, solver = layer.condition, layer.solver
-    iterative = _is_iterative(solver)
-    if iterative:
+    if not _is_bare(solver):
         condition = _with_aux(condition, layer.has_aux)
         y0 = as_state(y0)
         condition = hoist(condition, y0, args)
 
     def run(solve: Solve, while_loop: WhileLoop) -> Outcome:
-        if iterative:
-            outcome = _run_iterative(layer, solve, while_loop)
-        else:
-            outcome = call_solver(solve.solver, solve.y0, solve.args, layer.has_aux)
-        return _with_residual_norm(solve, outcome)
+        return _with_residual_norm(solve, _run(layer, solve, while_loop))
 
     solve = Solve(condition, solver, y0, args, run)
     outcome = layer.adjoint.differentiable(solve, layer.residual_tol)

@@ -13,16 +13,17 @@ knows how `y*` was found: the value comes in finished and goes out bit for bit.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, cast, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from ._condition import AbstractCondition, hoist, Root
+from ._custom_types import PyTree
 from ._linear import differentiable_linear_solve, LinearRule
 from ._state import as_arrays, as_state, from_real, real_dtype, stop_gradient, to_real
 from .linear_solvers import AutoLinearSolver
@@ -157,7 +158,7 @@ def implicit_solution(
         y = eqi.implicit_solution(eqi.Root(lambda y, theta: y**3 - theta), y, theta)
         ```
     """
-    y, aux = stop_gradient((as_state(y), aux))
+    y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
     return _attach(y, _Attachment(as_arrays((hoisted, args)), aux, rule))
@@ -172,7 +173,9 @@ def root_jvp(
     linear_solver: lx.AbstractLinearSolver[Any] | None = None,
     tags: object = frozenset(),
 ) -> Y:
-    r"""Returns the tangent of a root: $-(\partial_y F)^{-1}\partial_\theta F\,\dot\theta$.
+    r"""Returns the tangent of a root in the direction of a tangent of its arguments.
+
+    It is $\dot y = -(\partial_y F)^{-1}\partial_\theta F\,\dot\theta$.
 
     **Arguments:**
 

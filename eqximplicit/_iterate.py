@@ -11,11 +11,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int
 
 from ._condition import AbstractCondition
+from ._custom_types import PyTree
 from ._problem import iterated_fn, IteratedFn, Solver
-from ._solution import as_results, is_successful, RESULTS
+from ._solution import as_results, is_successful, RESULTS, where_result
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
 
 # A solve that has become NaN is noticed after at most this many further steps.
@@ -191,4 +192,4 @@ def _classify(y: PyTree[Array], result: RESULTS) -> RESULTS:
     unexplained = (result == RESULTS.successful) | (
         result == RESULTS.nonlinear_max_steps_reached
     )
-    return RESULTS.where(unexplained & ~all_finite(y), RESULTS.nonfinite, result)
+    return where_result(unexplained & ~all_finite(y), RESULTS.nonfinite, result)

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
+from ._custom_types import PyTree
 from ._solution import is_successful
 from ._state import filled, nonzero_and_finite, select, stop_gradient, struct_of
 

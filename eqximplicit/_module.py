@@ -1,6 +1,7 @@
 """JOIN, object-oriented: a module that says what it solves and how, in two methods."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -9,7 +10,7 @@ from ._adjoint import AbstractAdjoint, ImplicitAdjoint
 from ._condition import AbstractCondition, FixedPoint, Minimum, Root
 from ._function import ImplicitFunction
 
-_CONDITIONS: dict[str, type[AbstractCondition[Any, Any]]] = {
+_CONDITIONS: dict[str, Callable[[Any], AbstractCondition[Any, Any]]] = {
     "objective": Minimum,
     "optimality": Root,
     "fixed_point_map": FixedPoint,

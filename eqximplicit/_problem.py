@@ -19,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from ._condition import (
     AbstractCondition,
@@ -29,6 +29,7 @@ from ._condition import (
     Minimum,
     Root,
 )
+from ._custom_types import PyTree
 from ._state import from_real, real_dtype, retree, struct_of, to_real
 
 Solver = optx.AbstractIterativeSolver[Any, Any, Any, Any]

@@ -67,6 +67,11 @@ def as_results(result: Any) -> RESULTS:
     )
 
 
+def where_result(pred: Bool[Array, ""], a: Any, b: Any) -> RESULTS:
+    """The item `a` where `pred` holds, else the item `b`."""
+    return RESULTS.where(pred, a, b)
+
+
 def is_successful(result: Any) -> Bool[Array, ""] | bool:
     """Whether a code says success; a plain `True` where it is so at trace time."""
     for codes in (lx.RESULTS, optx.RESULTS, RESULTS):

@@ -15,19 +15,21 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
+
+from ._custom_types import PyTree
 
 T = TypeVar("T")
 _Struct = jax.ShapeDtypeStruct | Array
 
 
-def describe(leaf: object) -> str:
+def describe(leaf: Any) -> str:
     """Shape and dtype of an array leaf; the type and value of any other leaf."""
     if isinstance(leaf, (bool, int, float, complex, str)) or leaf is None:
         return f"{type(leaf).__name__} {leaf!r}"
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         dtype = getattr(leaf.dtype, "name", leaf.dtype)  # a random key's has no name
-        return f"{dtype}{list(leaf.shape)}"  # pyright: ignore[reportAttributeAccessIssue]
+        return f"{dtype}{list(leaf.shape)}"
     return f"an object of type {type(leaf).__name__}"
 
 
@@ -36,7 +38,7 @@ def leaf_name(root: str, path: tuple[Any, ...]) -> str:
     return root + jtu.keystr(path)
 
 
-def _as_state_leaf(path: tuple[Any, ...], leaf: object) -> Array:
+def _as_state_leaf(path: tuple[Any, ...], leaf: Any) -> Array:
     number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
     if not number and not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         raise ValueError(
@@ -44,7 +46,7 @@ def _as_state_leaf(path: tuple[Any, ...], leaf: object) -> Array:
             "leaf of a state must be a number or an array. Move it to `args`, to the "
             "function, or to a static field."
         )
-    array = jnp.asarray(leaf)  # pyright: ignore[reportArgumentType]
+    array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.inexact):
         return array
     if jnp.issubdtype(array.dtype, jnp.integer):
@@ -55,7 +57,7 @@ def _as_state_leaf(path: tuple[Any, ...], leaf: object) -> Array:
     )
 
 
-def as_state(y0: PyTree) -> PyTree[Array]:
+def as_state(y0: PyTree[Any]) -> PyTree[Array]:
     """`y0` with array leaves of inexact dtype: integers are promoted to floats.
 
     **Raises:** `ValueError` naming the leaf, for a leaf that is no number, and for a
@@ -143,7 +145,7 @@ def check_same_structure(name: str, out: PyTree[_Struct], y: PyTree[_Struct]) ->
             )
 
 
-def retree(out: PyTree, like: PyTree[T]) -> PyTree[T]:
+def retree(out: PyTree[Any], like: PyTree[T]) -> PyTree[T]:
     """The leaves of `out` in the structure of `like`."""
     return jtu.tree_unflatten(jtu.tree_structure(like), jtu.tree_leaves(out))
 
@@ -166,7 +168,7 @@ def to_real(tree: PyTree[Array], dtype: np.dtype) -> PyTree[Float[Array, "..."]]
     return jtu.tree_map(leaf_to_real, tree)
 
 
-def from_real(real: PyTree, like: PyTree[_Struct]) -> PyTree[Array]:
+def from_real(real: PyTree[Any], like: PyTree[_Struct]) -> PyTree[Array]:
     """The vector with the structure and dtypes of `like` whose real form is `real`."""
     leaves = iter(jtu.tree_leaves(real))
 

@@ -5,6 +5,10 @@ from typing import Any
 import optimistix as optx
 
 from .._condition import AbstractCondition, FixedPoint, LeastSquares, Minimum
+from .auto_fixed_point import AutoFixedPoint
+from .auto_least_squares import AutoLeastSquares
+from .auto_minimiser import AutoMinimiser
+from .auto_root_finder import AutoRootFinder
 
 
 def default_solver(
@@ -12,9 +16,9 @@ def default_solver(
 ) -> optx.AbstractIterativeSolver[Any, Any, Any, Any]:
     """The solver that needs no tuning and reports failure honestly."""
     if isinstance(condition, FixedPoint):
-        return optx.Newton(rtol=1e-8, atol=1e-8)
+        return AutoFixedPoint(rtol=1e-8, atol=1e-8)
     if isinstance(condition, Minimum):
-        return optx.BFGS(rtol=1e-8, atol=1e-8)
+        return AutoMinimiser()
     if isinstance(condition, LeastSquares):
-        return optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
-    return optx.Newton(rtol=1e-8, atol=1e-8)
+        return AutoLeastSquares()
+    return AutoRootFinder()

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.lax import stop_gradient
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from .._solution import Aux, RESULTS, Y
+from .._custom_types import PyTree
+from .._solution import as_results, Aux, RESULTS, Y
 from . import _root_phases as ph
 from ._root_solve import newton_or_damped_step
 from ._root_vector import norm_of, real_vector, RealVector
@@ -138,7 +139,7 @@ def _propose(
 
 
 def _evaluate(
-    fn: Callable[[Y, Any], tuple[PyTree[Array], Aux]], space: RealVector, trial: Array
+    fn: Callable[[Y], tuple[PyTree[Array], Aux]], space: RealVector, trial: Array
 ) -> tuple[Y, Array, Callable[[], Array], Aux]:
     """The trial as a pytree, its residual, a thunk for the Jacobian, and `aux`."""
     y = space.unravel(trial)
@@ -176,8 +177,9 @@ def is_over(
 def why(state: DenseState[Any], y: PyTree[Array], limits: Limits) -> RESULTS:
     """How a solve that is over ended; to be asked once, after the loop."""
     _, success = is_over(state, limits)
+    diverged = as_results(RESULTS.nonlinear_divergence)
     far = norm_of(real_vector(y).ravel(y)) > _FAR * state.start_length
-    reason = RESULTS.where(far, RESULTS.nonlinear_divergence, RESULTS.local_minimum)
+    reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
     reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)
     reason = RESULTS.where(state.stuck, RESULTS.unattainable_tolerance, reason)
     no_start = ~jnp.isfinite(state.best_max)
@@ -186,7 +188,7 @@ def why(state: DenseState[Any], y: PyTree[Array], limits: Limits) -> RESULTS:
 
 
 def step_dense(
-    fn: Callable[[Y, Any], tuple[PyTree[Array], Aux]],
+    fn: Callable[[Y], tuple[PyTree[Array], Aux]],
     y: Y,
     state: DenseState[Aux],
     limits: Limits,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
 from jax.lax import stop_gradient
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from .._custom_types import PyTree
 from .._solution import Aux, RESULTS, Y
 from . import _vector_space as vs
 

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Scalar
 
-from .._solution import RESULTS
+from .._solution import as_results, RESULTS
 from . import _vector_space as vs
 
 Y = TypeVar("Y")
@@ -202,7 +202,7 @@ def coarse(result: RESULTS) -> optx.RESULTS:
 
 def divergence() -> RESULTS:
     """Returns optimistix's divergence as one of our codes."""
-    return RESULTS.promote(optx.RESULTS.nonlinear_divergence)
+    return RESULTS.nonlinear_divergence
 
 
 def why_stuck(best: Best[Any]) -> RESULTS:
@@ -219,9 +219,7 @@ def statistics(
     best: Best[Any], verdict: RESULTS, result: optx.RESULTS
 ) -> dict[str, Any]:
     """Returns the verdict in full, and the numbers that it rests on."""
-    fine = RESULTS.where(
-        verdict == RESULTS.successful, RESULTS.promote(result), verdict
-    )
+    fine = RESULTS.where(verdict == RESULTS.successful, as_results(result), verdict)
     dtype = best.error.dtype
     size = vs.norm_of(optx.max_norm, best.point.residual, dtype)
     size = jnp.where(jnp.isfinite(best.point.merit), size, jnp.inf)

@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from .._solution import RESULTS
+from .._solution import as_results, RESULTS
 from . import _vector_space as vs
 from ._curvature import extreme_curvatures
 from ._newton_polish import hessian_product, polish, PolishState, start
 
-_DIVERGED = RESULTS.promote(optx.RESULTS.nonlinear_divergence)
+_DIVERGED = RESULTS.nonlinear_divergence
 
 MAX_STALLED = 20  # steps of SEARCH in a row that leave `y` where it is
 
@@ -142,7 +142,7 @@ class VerifiedDescent(eqx.Module):
     def stats(self, state: VerifiedState, result: optx.RESULTS) -> dict[str, Any]:
         """Returns the verdict in full, and what it rests on."""
         fine = RESULTS.where(
-            state.result == RESULTS.successful, RESULTS.promote(result), state.result
+            state.result == RESULTS.successful, as_results(result), state.result
         )
         return {
             "result": fine,

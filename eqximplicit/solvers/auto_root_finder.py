@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, Scalar
 
-from .._solution import Aux, RESULTS, Y
+from .._custom_types import PyTree
+from .._solution import as_results, Aux, RESULTS, Y
 from ._root_dense import DenseState, init_dense, is_over, Limits, step_dense, why
 from ._root_krylov import (
     init_krylov,
@@ -207,7 +208,7 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, _State]):
             reason, largest = why(state, y, limits), state.best_max
             restarts = state.phases.num_cycles
         ended = result == optx.RESULTS.nonlinear_max_steps_reached
-        reason = RESULTS.where(ended, RESULTS.nonlinear_max_steps_reached, reason)
+        reason = RESULTS.where(ended, as_results(result), reason)
         stats = {
             "result": reason,
             "residual_norm": largest,

@@ -227,7 +227,7 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
         del fn, args, options, tags
         fine = RESULTS.where(
             jnp.isfinite(state.force_norm),
-            RESULTS.promote(result),
+            as_results(result),
             RESULTS.nonfinite_start,
         )
         stats = {"result": fine, "force_norm": state.force_norm, "dt": state.dt}

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-import optimistix as optx
 from jax.core import Tracer
 
 from .._solution import RESULTS
@@ -32,10 +31,10 @@ Kind = Literal["root", "fixed_point", "minimise", "any"]
 _CODES: tuple[RESULTS, ...] = (
     RESULTS.successful,
     RESULTS.host_failure,
-    RESULTS.promote(optx.RESULTS.nonlinear_max_steps_reached),
+    RESULTS.nonlinear_max_steps_reached,
     RESULTS.residual_too_large,
     RESULTS.local_minimum,
-    RESULTS.promote(optx.RESULTS.nonfinite),
+    RESULTS.nonfinite,
 )
 _OK, _FAILED, _MAX_STEPS, _TOO_LARGE, _LOCAL_MINIMUM, _NONFINITE = range(len(_CODES))
 _BUDGET = re.compile(r"max|limit|too many|has reached|iterations", re.IGNORECASE)

@@ -1,0 +1,20 @@
+"""What importing the package does, and does not do."""
+
+import os
+import subprocess
+import sys
+
+import eqximplicit as eqi
+
+
+def test_import_starts_no_backend():
+    # A program may still choose platforms or join a cluster after the import.
+    env = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
+    command = [sys.executable, "-W", "error", "-c", "import eqximplicit"]
+    subprocess.run(command, env=env, check=True, timeout=120)
+
+
+def test_every_public_name_has_a_docstring():
+    for name, thing in vars(eqi).items():
+        if not name.startswith("_"):
+            assert (thing.__doc__ or "").strip(), name
