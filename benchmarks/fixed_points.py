@@ -32,6 +32,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import jaxopt  # pyright: ignore[reportMissingTypeStubs]
 
+jax.config.update("jax_enable_x64", True)
+
 TOL = 1e-8
 MAX_STEPS = 2000
 
@@ -137,7 +139,6 @@ def cell(run: Callable[[Flat], tuple[Any, int, float]], problem: Flat) -> str:
 
 
 def main() -> None:
-    jax.config.update("jax_enable_x64", True)
     warnings.simplefilter("ignore")
     print("| map | n | " + " | ".join(CONTESTANTS) + " |")
     print("|---|---|" + "---|" * len(CONTESTANTS))
