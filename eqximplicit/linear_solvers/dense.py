@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._residual import (
     Answer,
@@ -64,12 +64,36 @@ def _pivot_health(lu: Float[Array, "n n"]) -> Float[Array, ""]:
     return jnp.min(jnp.where(sizes > 0, pivots / jnp.where(sizes > 0, sizes, 1), 0))
 
 
+def _substitute(
+    lu: Float[Array, "n n"],
+    rows: Int[Array, " n"],
+    b: Float[Array, " n"],
+    transposed: bool,
+) -> Float[Array, " n"]:
+    # A⁻¹ b = U⁻¹ L⁻¹ (b[rows]), and A⁻ᵀ b puts L⁻ᵀ U⁻ᵀ b into those rows.
+    # (`lu_solve` derives `rows` from pivots in a loop, which takes long to compile.)
+    def triangle(lower: bool, b: Array) -> Array:
+        return jax.lax.linalg.triangular_solve(
+            lu,
+            b,
+            left_side=True,
+            lower=lower,
+            transpose_a=transposed,
+            unit_diagonal=lower,
+        )
+
+    if transposed:
+        x = triangle(True, triangle(False, b[:, None]))[:, 0]
+        return jnp.zeros_like(x).at[rows].set(x)
+    return triangle(False, triangle(True, b[rows][:, None]))[:, 0]
+
+
 class LUState(eqx.Module):
     """A factorised matrix; `factor` is its inverse for `n <= 3`."""
 
     matrix: Float[Array, "n n"]
     factor: Float[Array, "n n"]
-    pivots: Array | None
+    rows: Int[Array, " n"] | None  # `matrix[rows] = L U`
     regular: Bool[Array, ""]
     transposed: bool = eqx.field(static=True)
 
@@ -100,9 +124,9 @@ class DirectLU(lx.AbstractLinearSolver[LUState]):
         if matrix.shape[0] <= LARGEST:
             inverse, health = small_inverse(matrix)
             return LUState(matrix, inverse, None, health > singular_below(eps), False)
-        lu, pivots, _ = jax.lax.linalg.lu(matrix)
+        lu, _, rows = jax.lax.linalg.lu(matrix)
         regular = _pivot_health(lu) > singular_below(eps)
-        return LUState(matrix, lu, pivots, regular, False)
+        return LUState(matrix, lu, rows, regular, False)
 
     def compute(
         self, state: LUState, vector: PyTree[Array], options: dict[str, Any]
@@ -111,12 +135,10 @@ class DirectLU(lx.AbstractLinearSolver[LUState]):
         del options
         b, unravel = ravel_pytree(vector)
         matrix = state.matrix.T if state.transposed else state.matrix
-        if state.pivots is None:
-            x = (state.factor.T if state.transposed else state.factor) @ b
+        if state.rows is None:
+            x = _matvec(state.factor.T if state.transposed else state.factor, b)
         else:
-            factors = (state.factor, state.pivots)
-            trans = 1 if state.transposed else 0
-            x = jax.scipy.linalg.lu_solve(factors, b, trans=trans)
+            x = _substitute(state.factor, state.rows, b, state.transposed)
         x = jnp.where(norm(b) == 0, jnp.zeros_like(b), x)
         limit = residual_limit(epsilon(vector))
         r_norm = norm(b - _matvec(matrix, x))
@@ -131,7 +153,7 @@ class DirectLU(lx.AbstractLinearSolver[LUState]):
         """Returns the state of the transposed matrix: the same factors."""
         flipped = not state.transposed
         return LUState(
-            state.matrix, state.factor, state.pivots, state.regular, flipped
+            state.matrix, state.factor, state.rows, state.regular, flipped
         ), options
 
     def conj(
@@ -227,7 +249,7 @@ class DirectSymmetric(lx.AbstractLinearSolver[SymmetricState]):
         residual, eps = b - _matvec(state.matrix, x), epsilon(vector)
         if options.get("project", False):
             # What is left must lie in the null space: then x is a least-squares answer.
-            part = (state.matrix @ residual) / jnp.linalg.norm(state.matrix)
+            part = _matvec(state.matrix, residual) / jnp.linalg.norm(state.matrix)
             judged = jnp.where(state.regular, residual, part)
         else:
             judged = residual
@@ -265,16 +287,18 @@ def _definite_factor(
 
 def _apply(state: SymmetricState, b: Float[Array, " n"]) -> Float[Array, " n"]:
     if state.factor.shape[0] <= LARGEST:
-        return state.factor @ b
+        return _matvec(state.factor, b)
 
     def by_cholesky() -> Array:
         return jax.scipy.linalg.cho_solve((state.factor, True), b)
 
     def by_lane() -> Array:
-        return jnp.where(state.regular, by_cholesky(), state.factor @ b)
+        return jnp.where(state.regular, by_cholesky(), _matvec(state.factor, b))
 
     return jax.lax.cond(any_lane(~state.regular), by_lane, by_cholesky)
 
 
 def _matvec(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
+    if matrix.shape[0] <= LARGEST:  # elementwise, so that a batch of them is one loop
+        return jnp.sum(matrix * x[None, :], axis=1)
     return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
