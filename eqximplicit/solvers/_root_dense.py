@@ -140,7 +140,7 @@ def _propose(
 
 def _evaluate(
     fn: Callable[[Y], tuple[PyTree[Array], Aux]], space: RealVector, trial: Array
-) -> tuple[Y, Array, Callable[[], Array], Aux]:
+) -> tuple[Any, Array, Callable[[], Array], Aux]:
     """The trial as a pytree, its residual, a thunk for the Jacobian, and `aux`."""
     y = space.unravel(trial)
     out, linear, aux = jax.linearize(fn, y, has_aux=True)
