@@ -307,12 +307,14 @@ BY_ROW = {
 }
 
 
+@jax.jit
 def squared_distances(positions):
     shift = positions[:, None] - positions[None]
     shift = jnp.mod(shift + BOX / 2, BOX) - BOX / 2
     return jnp.sum(shift**2, axis=-1) + jnp.eye(7)  # no zero under the root
 
 
+@jax.jit
 def energy(positions, sigma, alpha):
     """`½ Σ (1 - r/σ)^α / α` over ordered pairs that overlap."""
     distance = jnp.sqrt(squared_distances(positions))
@@ -321,6 +323,7 @@ def energy(positions, sigma, alpha):
     return jnp.sum(jnp.where(overlap, depth**alpha / alpha, 0.0)) / 2
 
 
+@jax.jit
 def contact(positions, sigma, alpha):
     """`Σ r²` over ordered pairs with `r < 2`: not minimal, unlike the energy."""
     del sigma, alpha

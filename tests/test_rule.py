@@ -205,12 +205,13 @@ def test_value_comes_back_bit_for_bit(y):
         return eqi.implicit_solution(condition, y, theta)
 
     theta = jnp.ones(3)
-    values = [
-        solution(theta),
-        jax.jit(solution)(theta),
-        jax.jvp(solution, (theta,), (theta,))[0],
-        jax.vjp(solution, theta)[0],
-    ]
+
+    @jax.jit
+    def run(theta):
+        forward = jax.jvp(solution, (theta,), (theta,))[0]
+        return solution(theta), forward, jax.vjp(solution, theta)[0]
+
+    values = [solution(theta), *run(theta)]
     for value in values:
         assert value.dtype == y.dtype
         assert np.asarray(value).tobytes() == np.asarray(y).tobytes()
