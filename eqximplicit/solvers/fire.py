@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from .._solution import Aux, RESULTS, Y
+from .._solution import as_results, Aux, RESULTS, Y
 from . import _vector_space as vs
 
 
