@@ -9,13 +9,14 @@ import optimistix as optx
 import pytest
 
 import eqximplicit as eqi
+from eqximplicit.linear_solvers import Neumann
 from eqximplicit.nn import (
     DEQ,
     FixedBudget,
     jacobian_frobenius_squared,
     spectral_radius,
 )
-from eqximplicit.solvers.auto_fixed_point import AutoFixedPoint
+from eqximplicit.solvers import AutoFixedPoint
 
 HIDDEN, INPUT, BATCH = 5, 3, 4
 SOLVED = 3e-8  # the solver's tolerance, times a condition number below 3
@@ -405,6 +406,14 @@ def test_budget_wraps_other_solvers(solver):
     assert sol.stats["converged"]
 
 
+def test_budget_may_be_an_array():
+    cell, x = make_cell(), X[0]
+    after = jax.jit(jax.vmap(lambda n: DEQ(cell, FixedBudget(PICARD, n))(x)))
+    first = np.tanh(cell.inject @ x)
+    second = np.tanh(cell.recur @ first + cell.inject @ x)
+    np.testing.assert_allclose(after(jnp.array([1, 2])), [first, second], atol=1e-14)
+
+
 def test_budget_works_in_optimistix():
     cell = make_cell()
     sol = optx.fixed_point(cell, FixedBudget(PICARD, 200), jnp.zeros(HIDDEN), X[0])
@@ -479,6 +488,33 @@ def neumann_inverse(num_terms, damping):
         return damping * sum(powers)
 
     return inverse
+
+
+@pytest.mark.parametrize(
+    ("solver", "inverse"),
+    [
+        (Neumann(1), neumann_inverse(1, 1.0)),
+        (Neumann(5, damping=0.5), neumann_inverse(5, 0.5)),
+        (Neumann(3), neumann_inverse(3, 1.0)),
+    ],
+    ids=["JFB", "phantom", "truncated"],
+)
+def test_approximate_gradients_are_linear_solvers(solver, inverse):
+    cell, x = make_cell(), X[0]
+    z, grads = value_and_gradients(DEQ(cell, PLAIN, eqi.ImplicitAdjoint(solver)), x)
+    want = gradients_in_numpy(cell, x, np.asarray(z), TARGET, inverse)
+    assert_gradients(grads, want, 1e-12)
+    exact = gradients_in_numpy(cell, x, np.asarray(z), TARGET)
+    assert np.max(np.abs(want[0] - exact[0])) > 1e-2
+
+
+def test_jacobian_free_gradient_is_that_of_one_more_application():
+    cell, x = make_cell(), X[0]
+    z = jnp.asarray(solution_in_numpy(cell, x))
+    want = eqx.filter_grad(lambda cell: jnp.vdot(TARGET, cell(z, x)))(cell)
+    jfb = DEQ(cell, PLAIN, eqi.ImplicitAdjoint(Neumann(1)))
+    _, (grads, _) = value_and_gradients(jfb, x)
+    np.testing.assert_allclose(grads.cell.recur, want.recur, rtol=0, atol=SOLVED)
 
 
 # --- The Jacobian's two numbers

@@ -41,8 +41,9 @@ class FixedBudget(optx.AbstractFixedPointSolver[Y, Aux, _State], Generic[Y, Aux]
     **Arguments:**
 
     - `solver`: any fixed-point solver or root finder of optimistix's interface.
-    - `num_steps`: the budget, at least 1. It stops earlier where `solver` has converged
-        or given up; give `solver` tolerances of zero to spend all of it.
+    - `num_steps`: the budget, at least 1: an int, or an int array of shape `()` that
+        may change without compiling anew. The solve stops earlier where `solver` has
+        converged or given up; with tolerances of zero it spends the whole budget.
 
     **Raises:** `TypeError` for a solver of another kind, `ValueError` for a budget
     below 1.
@@ -56,13 +57,15 @@ class FixedBudget(optx.AbstractFixedPointSolver[Y, Aux, _State], Generic[Y, Aux]
     """
 
     solver: optx.AbstractIterativeSolver[Any, Any, Any, Any]
-    num_steps: int = eqx.field(static=True)
+    num_steps: int | Int[Array, ""]
     rtol: float
     atol: float
     norm: Callable[[PyTree[Array]], Scalar]
 
     def __init__(
-        self, solver: optx.AbstractIterativeSolver[Any, Any, Any, Any], num_steps: int
+        self,
+        solver: optx.AbstractIterativeSolver[Any, Any, Any, Any],
+        num_steps: int | Int[Array, ""],
     ):
         kinds = (optx.AbstractFixedPointSolver, optx.AbstractRootFinder)
         if not isinstance(solver, kinds):
@@ -70,7 +73,7 @@ class FixedBudget(optx.AbstractFixedPointSolver[Y, Aux, _State], Generic[Y, Aux]
                 "`FixedBudget` needs a fixed-point solver or a root finder; got "
                 f"{type(solver).__name__}."
             )
-        if num_steps < 1:
+        if isinstance(num_steps, int) and num_steps < 1:
             raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
         self.solver = solver
         self.num_steps = num_steps

@@ -139,10 +139,11 @@ class DEQ(eqx.nn.StatefulLayer, Generic[Z]):
             raise ValueError(
                 f"`compute_dtype` must be a real floating dtype; got {dtype.name}."
             )
-        if isinstance(solver, FixedBudget) and self.max_steps is not None:
-            if solver.num_steps > self.max_steps:
+        budget = solver.num_steps if isinstance(solver, FixedBudget) else 0
+        if isinstance(budget, int) and self.max_steps is not None:
+            if budget > self.max_steps:
                 raise ValueError(
-                    f"The budget of {solver.num_steps} steps exceeds "
+                    f"The budget of {budget} steps exceeds "
                     f"`max_steps={self.max_steps}`; raise `max_steps`."
                 )
 
