@@ -241,7 +241,7 @@ def gradient_memory(adjoint, num_steps):
 
 def test_implicit_memory_is_constant_and_unrolled_memory_grows():
     implicit = [gradient_memory(eqi.ImplicitAdjoint(), n) for n in (10, 300)]
-    unrolled = [gradient_memory(eqi.UnrolledAdjoint(), n) for n in (10, 300)]
+    unrolled = [gradient_memory(eqi.UnrolledAdjoint(n), n) for n in (10, 300)]
     assert implicit[0] == implicit[1]
     assert unrolled[1] > 2 * unrolled[0]
 

@@ -135,7 +135,8 @@ class FixedBudget(optx.AbstractFixedPointSolver[Y, Aux, _State], Generic[Y, Aux]
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Returns whether the budget is spent or the wrapped solver has stopped."""
         stopped, _ = self._verdict(fn, y, args, options, state, tags)
-        return stopped | (state.num_steps >= self.num_steps), optx.RESULTS.successful
+        spent = state.num_steps >= jnp.asarray(self.num_steps, state.num_steps.dtype)
+        return stopped | spent, optx.RESULTS.successful
 
     def postprocess(
         self,
