@@ -11,7 +11,7 @@ from jax.core import Tracer
 from ._captured import captured_tracers
 from ._condition import AbstractCondition, FixedPoint, LeastSquares, Minimum
 from ._iterate import Outcome
-from ._solution import is_successful, RESULTS, where_result
+from ._solution import is_successful, RESULTS
 from ._state import (
     all_finite,
     as_state,
@@ -119,6 +119,5 @@ def call_solver(
     y = as_state(y)
     if jtu.tree_leaves(y0):
         check_same_shapes("The solver's solution", y, as_state(y0))
-    finite = all_finite(y)
-    result = where_result(finite, RESULTS.successful, RESULTS.nonfinite)
-    return Outcome(y, aux, result, finite, {"num_steps": jnp.full((), -1)})
+    unknown = {"num_steps": jnp.full((), -1)}
+    return Outcome(y, aux, RESULTS.successful, all_finite(y), unknown)

@@ -95,6 +95,11 @@ class _Hoisted(eqx.Module):
     def __call__(self, y: Any, args: Any, aux: Any = None) -> Any:
         return self.fn(y, args, aux if self.takes_aux else None)
 
+    @property
+    def out_struct(self) -> tuple[Any, Any]:
+        """Shapes and dtypes of the output and of the auxiliary output."""
+        return cast(Any, self.fn).out_struct
+
 
 def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Condition:
     """The same condition, with every array that `fn` captured as a leaf of its pytree.
@@ -116,6 +121,11 @@ def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Conditi
     given = aux if condition.takes_aux else None
     fn = _Hoisted(eqx.filter_closure_convert(call, y, args, given), condition.takes_aux)
     return dataclasses.replace(condition, fn=fn, has_aux=True, takes_aux=True)
+
+
+def out_struct(hoisted: AbstractCondition[Any, Any]) -> tuple[Any, Any]:
+    """Shapes and dtypes of what the function of a hoisted condition returns."""
+    return cast(_Hoisted, hoisted.fn).out_struct
 
 
 def _as_array(leaf: object) -> Array:

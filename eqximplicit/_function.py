@@ -15,8 +15,8 @@ from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
 from ._call import call_host_solver, call_solver
 from ._condition import AbstractCondition, hoist
 from ._iterate import iterate, Outcome, WhileLoop
-from ._solution import RESULTS, Solution
-from ._state import as_state, max_abs, stop_gradient
+from ._solution import RESULTS, Solution, where_result
+from ._state import all_finite, as_state, max_abs, stop_gradient
 from ._static import refuse_static_arrays
 from .solvers import AbstractHostSolver
 from .solvers._default import default_solver
@@ -111,6 +111,11 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
             raise ValueError(f"`residual_tol` must be >= 0; got {self.residual_tol}.")
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"`max_steps` must be >= 0; got {self.max_steps}.")
+        if self.condition.takes_aux and not _is_bare(self.solver):
+            raise ValueError(
+                "A condition with `takes_aux=True` needs a solver that is a callable "
+                f"returning `(y, aux)`; got `{type(self.solver).__name__}`."
+            )
         refuse_static_arrays(self.condition, "condition")
         refuse_static_arrays(self.solver, "solver")
 
@@ -136,7 +141,9 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
 
         **Raises:** as `solve`.
         """
-        return self.solve(y0, args).value
+        # Where nothing can raise, nobody reads a diagnosis, and none is made.
+        diagnose = self.throw or self.residual_tol is not None
+        return self._solve(y0, args, diagnose).value
 
     def solve(self, y0: Y | None = None, args: Args | None = None) -> Solution[Y, Aux]:
         """Returns the solution together with how the solve went.
@@ -148,6 +155,11 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         **Raises:** `ValueError` or `TypeError` at trace time for a function, state or
         solver that do not fit; a runtime error if the solve fails and `throw` is set.
         """
+        return self._solve(y0, args, diagnose=True)
+
+    def _solve(
+        self, y0: Y | None, args: Args | None, diagnose: bool
+    ) -> Solution[Y, Aux]:
         guess = self.y0 if y0 is None else y0
         if guess is None and not _is_bare(self.solver):
             raise ValueError(
@@ -156,7 +168,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
             )
         refuse_static_arrays(args, "args")
         compiled = _is_iterative(self.solver) and not _is_staged()
-        return (_solve_jit if compiled else _solve)(self, guess, args)
+        return (_solve_jit if compiled else _solve)(self, guess, args, diagnose)
 
 
 def _is_iterative(solver: object) -> bool:
@@ -192,16 +204,27 @@ def _run(
     )
 
 
-def _with_residual_norm(solve: Solve, outcome: Outcome) -> Outcome:
+def _diagnosed(solve: Solve, outcome: Outcome) -> Outcome:
+    """The outcome with what a look at its value tells, beyond the solver's report.
+
+    A NaN ends no loop by itself: it looks like success or an exhausted budget.
+    """
+    result = outcome.result
+    unexplained = (result == RESULTS.successful) | (
+        result == RESULTS.nonlinear_max_steps_reached
+    )
+    broken = unexplained & ~all_finite(outcome.y)
+    result = where_result(broken, RESULTS.nonfinite, result)
     condition = hoist(solve.condition, outcome.y, solve.args, outcome.aux)
     residual = condition.residual(outcome.y, solve.args, outcome.aux)
     norm = max_abs(stop_gradient(residual))
-    return eqx.tree_at(
-        lambda o: o.stats, outcome, {**outcome.stats, "residual_norm": norm}
-    )
+    stats = {**outcome.stats, "residual_norm": norm}
+    return Outcome(outcome.y, outcome.aux, result, outcome.trusted, stats)
 
 
-def _solve(layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any) -> Any:
+def _solve(
+    layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any, diagnose: bool
+) -> Solution[Any, Any]:
     condition, solver = layer.condition, layer.solver
     if not _is_bare(solver):
         condition = _with_aux(condition, layer.has_aux)
@@ -209,7 +232,8 @@ def _solve(layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any) -> A
         condition = hoist(condition, y0, args)
 
     def run(solve: Solve, while_loop: WhileLoop) -> Outcome:
-        return _with_residual_norm(solve, _run(layer, solve, while_loop))
+        outcome = _run(layer, solve, while_loop)
+        return _diagnosed(solve, outcome) if diagnose else outcome
 
     solve = Solve(condition, solver, y0, args, run)
     outcome = layer.adjoint.differentiable(solve, layer.residual_tol)

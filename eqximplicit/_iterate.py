@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 from ._condition import AbstractCondition
 from ._custom_types import PyTree
 from ._problem import iterated_fn, IteratedFn, Solver
-from ._solution import as_results, is_successful, RESULTS, where_result
+from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
 
 # A solve that has become NaN is noticed after at most this many further steps.
@@ -81,8 +81,7 @@ class _Carry(eqx.Module):
 class Outcome(eqx.Module):
     """What any solve, by whatever means, hands to the adjoint.
 
-    Fields as `Solution`. `trusted` is whether the solver itself reported success: it
-    says less than `result`, but a derivative need not wait for a look at the value.
+    Fields as `Solution`. `trusted` is whether the solver itself reported success.
     """
 
     y: Any
@@ -142,7 +141,7 @@ def iterate(
     fn = iterated_fn(solver, condition, y0)
     run = Run(solver, fn, args, options, max_steps)
     y = to_real(y0, real_dtype(y0))
-    f_struct, aux_struct = eqx.filter_eval_shape(fn, y, args)
+    f_struct, aux_struct = fn.out_struct(y, args)
     residual_struct, fn_aux_struct = aux_struct
     state = solver.init(fn, y, args, options, f_struct, aux_struct, fn.tags)
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
@@ -184,12 +183,4 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
     trusted = jnp.asarray(is_successful(reported))
     stats = {"num_steps": carry.num_steps, **stats}
     value = from_real(y, run.fn.like)
-    return Outcome(value, aux, _classify(y, reported), trusted, stats)
-
-
-def _classify(y: PyTree[Array], result: RESULTS) -> RESULTS:
-    """A NaN ends no loop by itself: it looks like success or an exhausted budget."""
-    unexplained = (result == RESULTS.successful) | (
-        result == RESULTS.nonlinear_max_steps_reached
-    )
-    return where_result(unexplained & ~all_finite(y), RESULTS.nonfinite, result)
+    return Outcome(value, aux, reported, trusted, stats)

@@ -27,6 +27,7 @@ from ._condition import (
     half_sum_of_squares,
     LeastSquares,
     Minimum,
+    out_struct,
     Root,
 )
 from ._custom_types import PyTree
@@ -59,8 +60,18 @@ class IteratedFn(eqx.Module):
     tags: frozenset[object] = eqx.field(static=True)
 
     def __call__(self, real_y: PyTree[Array], args: Any) -> tuple[Any, tuple[Any, Any]]:
-        y = from_real(real_y, self.like)
-        raw, aux = self.condition.call(y, args)
+        raw_and_aux = self.condition.call(from_real(real_y, self.like), args)
+        return self._finish(real_y, args, raw_and_aux)
+
+    def out_struct(self, real_y: PyTree[Array], args: Any) -> Any:
+        """Shapes and dtypes of the output, without another look at the function."""
+        raw_and_aux = out_struct(self.condition)
+        return eqx.filter_eval_shape(self._finish, real_y, args, raw_and_aux)
+
+    def _finish(
+        self, real_y: PyTree[Array], args: Any, raw_and_aux: tuple[Any, Any]
+    ) -> tuple[Any, tuple[Any, Any]]:
+        y, (raw, aux) = from_real(real_y, self.like), raw_and_aux
         evaluated = _Evaluated(self.condition, y, args, raw)
         residual = _residual(evaluated) if self.must_vanish else None
         return to_real(self.output(evaluated), real_dtype(self.like)), (residual, aux)
