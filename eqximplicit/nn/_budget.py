@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, Scalar
+
+from .._custom_types import PyTree
 
 Y = TypeVar("Y")
 Aux = TypeVar("Aux")

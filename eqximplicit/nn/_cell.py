@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
+from .._custom_types import PyTree
 from .._state import describe, struct_of
 
 Cell = Callable[..., Any]

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._custom_types import PyTree
 from .._state import as_state, check_same_structure, describe, struct_of
 
 Y = TypeVar("Y")
@@ -20,7 +21,7 @@ Y = TypeVar("Y")
 _NEGLIGIBLE = 1e-3
 
 
-def _real_state(y: Y) -> Y:
+def _real_state(y: Any) -> Any:
     state = as_state(y)
     for leaf in jtu.tree_leaves(state):
         if jnp.iscomplexobj(leaf):

@@ -223,9 +223,9 @@ class DEQ(eqx.nn.StatefulLayer, Generic[Z]):
         fn = CellMap(cast(self.cell, self.compute_dtype), self.compute_dtype)
         inputs = Inputs(cast(x, self.compute_dtype), key)
         guess = self._guess(fn, inputs, x, state) if z0 is None else z0
-        guess = as_state(guess)
-        layer = ImplicitFunction(
-            FixedPoint(fn),
+        guess: Any = as_state(guess)
+        layer = ImplicitFunction[Any, Inputs, None, Any](
+            FixedPoint[Any, Inputs](fn),
             self._solver_for(guess),
             self.adjoint,
             max_steps=self.max_steps,
