@@ -6,6 +6,7 @@ from ._adjoint import (
     ImplicitAdjoint as ImplicitAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )
+from ._check import check_implicit as check_implicit, ImplicitReport as ImplicitReport
 from ._condition import (
     AbstractCondition as AbstractCondition,
     FixedPoint as FixedPoint,
@@ -23,6 +24,7 @@ from ._find import (
     minimise as minimise,
     root_find as root_find,
 )
+from ._finding import Finding as Finding
 from ._function import ImplicitFunction as ImplicitFunction
 from ._implicit import (
     implicit_solution as implicit_solution,
@@ -30,6 +32,10 @@ from ._implicit import (
     root_vjp as root_vjp,
 )
 from ._module import AbstractImplicitModule as AbstractImplicitModule
+from ._report import (
+    gradient_report as gradient_report,
+    GradientReport as GradientReport,
+)
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from .linear_solvers import (
     AutoLinearSolver as AutoLinearSolver,

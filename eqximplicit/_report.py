@@ -1,0 +1,241 @@
+r"""Which linear system a derivative solves, by which solver, why, and how well."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+from jaxtyping import Array
+
+from ._adjoint import ImplicitAdjoint
+from ._custom_types import PyTree
+from ._finding import Finding, number, rendered
+from ._forward import failed_solve
+from ._point import AnyLayer, examine, flat, implicit_adjoint, Point, subject, unflat
+from ._spectrum import conditioning, false_tags, matrix_of, Spectrum, spectrum_of
+from ._state import real_dtype, retree, to_real
+from .linear_solvers import AutoLinearSolver
+
+
+class GradientReport(eqx.Module):
+    """How the reverse-mode derivative of a layer is computed; `print` it.
+
+    **Attributes:**
+
+    - `solver`: the class of the linear solver that runs, and `reason`: why that one.
+    - `size`: the number of real unknowns, and `dtype`: the dtype they are solved in.
+    - `residual`: `‖ȳ - (∂F/∂y)ᵀ x‖ / ‖ȳ‖` of the adjoint solve, measured. Euclidean,
+        dimensionless.
+    - `iterations`: the number of steps of the linear solver; `None` if it reports none.
+    - `condition`: the condition number of `∂F/∂y`, for up to 512 unknowns.
+    - `num_bytes`: what the linear solver keeps of `∂F/∂y` (a factorisation, say).
+    - `error`: the relative error of the adjoint vector `x` against a dense
+        pseudo-inverse, for up to 512 unknowns.
+    - `findings`: what is the matter, each an [`eqximplicit.Finding`][].
+    """
+
+    solver: str = eqx.field(static=True)
+    reason: str = eqx.field(static=True)
+    size: int = eqx.field(static=True)
+    dtype: str = eqx.field(static=True)
+    residual: float = eqx.field(static=True)
+    iterations: int | None = eqx.field(static=True)
+    condition: float | None = eqx.field(static=True)
+    num_bytes: int = eqx.field(static=True)
+    error: float | None = eqx.field(static=True)
+    findings: tuple[Finding, ...] = eqx.field(static=True)
+
+    def __str__(self) -> str:
+        steps = self.iterations
+        rows = {
+            "linear solver": self.solver,
+            "chosen because": self.reason,
+            "unknowns": f"{self.size} ({self.dtype})",
+            "adjoint residual": f"{number(self.residual)}, relative",
+            "adjoint error": f"{number(self.error)}, relative",
+            "iterations": "none reported" if steps is None else str(steps),
+            "condition number": number(self.condition),
+            "memory": f"{self.num_bytes} bytes",
+        }
+        return rendered("Gradient report", rows, self.findings)
+
+
+class _Adjoint(eqx.Module):
+    """The outcome of one transposed solve."""
+
+    x: PyTree[Array]
+    residual: Array
+    successful: Array
+    steps: Array | None
+
+
+def _solved(
+    operator: lx.AbstractLinearOperator,
+    transposed: lx.AbstractLinearOperator,
+    adjoint: ImplicitAdjoint,
+    ct: PyTree[Array],
+) -> _Adjoint:
+    solver, options = adjoint.linear_solver, adjoint.options
+    state = solver.init(operator, options)
+    if not lx.is_symmetric(operator):  # as the rule does
+        state, options = solver.transpose(state, options)
+    x, result, stats = solver.compute(state, ct, options)
+    left = jtu.tree_map(jnp.subtract, ct, transposed.mv(x))
+    residual = _norm(left) / jnp.maximum(_norm(ct), jnp.finfo(_dtype(ct)).tiny)
+    good = jnp.asarray(result == lx.RESULTS.successful) & jnp.isfinite(residual)
+    steps = stats.get("num_steps")
+    return _Adjoint(x, residual, good, None if steps is None else jnp.asarray(steps))
+
+
+def _norm(tree: PyTree[Array]) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jtu.tree_leaves(tree)))
+
+
+def _dtype(tree: PyTree[Array]) -> Any:
+    return jtu.tree_leaves(tree)[0].dtype
+
+
+def _chosen(
+    operator: lx.AbstractLinearOperator, adjoint: ImplicitAdjoint
+) -> tuple[str, str]:
+    solver = adjoint.linear_solver
+    if isinstance(solver, AutoLinearSolver):
+        chosen, reason = solver.select(operator)
+        return type(chosen).__name__, reason
+    return type(solver).__name__, "it is the `linear_solver` of the adjoint"
+
+
+def _kept_bytes(operator: lx.AbstractLinearOperator, adjoint: ImplicitAdjoint) -> int:
+    state = eqx.filter_eval_shape(adjoint.linear_solver.init, operator, adjoint.options)
+    kept = [x for x in jtu.tree_leaves(state) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(x.size * x.dtype.itemsize for x in kept)
+
+
+def _default_cotangent(
+    point: Point, spectrum: Spectrum | None, random: np.random.Generator
+) -> PyTree[Array]:
+    """A random cotangent, without a part along the flat directions of a Hessian."""
+    ct = random.standard_normal(point.size)
+    if spectrum is not None and spectrum.flats and lx.is_symmetric(point.operator):
+        ct = spectrum.range_basis @ (spectrum.range_basis.T @ ct)
+    return unflat(ct, point.operator.in_structure())
+
+
+def _as_cotangent(point: Point, cotangent: PyTree[Any]) -> PyTree[Array]:
+    like = jtu.tree_map(lambda y, c: jnp.asarray(c, y.dtype), point.y, cotangent)
+    # JAX pairs cotangents without a conjugate; the real form pairs real with real.
+    conjugate = jtu.tree_map(jnp.conj, retree(like, point.y))
+    return to_real(conjugate, real_dtype(point.y))
+
+
+def _error(
+    matrix: np.ndarray[Any, np.dtype[Any]] | None, solved: _Adjoint, ct: PyTree[Array]
+) -> float | None:
+    if matrix is None:
+        return None
+    exact = np.linalg.pinv(matrix.T, rcond=1e-10) @ flat(ct)
+    return float(
+        np.linalg.norm(flat(solved.x) - exact) / (np.linalg.norm(exact) or 1.0)
+    )
+
+
+def gradient_report(
+    layer: AnyLayer, y0: Any = None, args: Any = None, cotangent: Any = None
+) -> GradientReport:
+    r"""Returns how the derivative of a layer is computed, and how well.
+
+    Solves the forward problem once and the adjoint system
+    $(\partial F/\partial y)^T x = \bar y$ once, outside of any derivative, and measures
+    its residual. Never part of a training loop: it looks at values.
+
+    **Arguments:**
+
+    - `layer`: an [`eqximplicit.ImplicitFunction`][] whose adjoint is an
+        [`eqximplicit.ImplicitAdjoint`][], or an
+        [`eqximplicit.AbstractImplicitModule`][] (`args` is then the tuple of what
+        follows `y0`).
+    - `y0`, `args`: what the layer is called with.
+    - `cotangent`: `ȳ`, structured as the solution: the derivative of your loss in `y`.
+        Random by default, without a part along flat directions.
+
+    **Returns:** a [`eqximplicit.GradientReport`][]; `print` it.
+
+    **Raises:** `TypeError` for another kind of layer or adjoint; `ValueError` inside
+    `jit`, and whatever the linear solver refuses (a matrix that does not fit, say).
+
+    !!! example
+
+        ```python
+        print(eqi.gradient_report(layer, y0, args))
+        ```
+    """
+    point = examine(subject("gradient_report", layer, y0, args))
+    adjoint = implicit_adjoint(point.subject.layer)
+    if adjoint is None:
+        raise TypeError(
+            "`gradient_report` explains the linear solve of an `ImplicitAdjoint`; the "
+            f"adjoint is `{type(point.subject.layer.adjoint).__name__}`, which solves "
+            "no linear system. Use `check_implicit` to compare derivatives."
+        )
+    matrix, random = matrix_of(point), np.random.default_rng(0)
+    spectrum = None if matrix is None else spectrum_of(matrix, point.eps)
+    if cotangent is None:
+        ct = _default_cotangent(point, spectrum, random)
+    else:
+        ct = _as_cotangent(point, cotangent)
+    transposed = point.untagged.transpose()
+    solved = eqx.filter_jit(_solved)(point.operator, transposed, adjoint, ct)
+    error = _error(matrix, solved, ct)
+    name, reason = _chosen(point.operator, adjoint)
+    findings = [
+        *failed_solve(point),
+        *false_tags(point, matrix, spectrum, random),
+        *conditioning(point, spectrum),
+        *_inexact(name, solved, error, point.eps),
+    ]
+    return GradientReport(
+        solver=name,
+        reason=reason,
+        size=point.size,
+        dtype=str(real_dtype(point.y)),
+        residual=float(solved.residual),
+        iterations=None if solved.steps is None else int(solved.steps),
+        condition=None if spectrum is None else spectrum.condition,
+        num_bytes=_kept_bytes(point.operator, adjoint),
+        error=error,
+        findings=tuple(findings),
+    )
+
+
+def _inexact(
+    name: str, solved: _Adjoint, error: float | None, eps: float
+) -> list[Finding]:
+    residual = float(solved.residual)
+    figures = f"relative residual {number(residual)}, relative error {number(error)}"
+    if not bool(solved.successful):
+        return [
+            Finding(
+                "error",
+                f"`{name}` did not solve the adjoint system for this cotangent, so the "
+                "derivative is NaN.",
+                "`adjoint.linear_solver`",
+                figures,
+                "Pass the cotangent of your own loss; if it fails too, use another "
+                "`linear_solver`, such as `eqi.LeastNorm()` for a singular system.",
+            )
+        ]
+    if residual <= eps**0.5:
+        return []
+    return [
+        Finding(
+            "warning",
+            "The adjoint system is solved inexactly, so the derivative is approximate.",
+            f"`adjoint.linear_solver`, a `{name}`",
+            figures,
+            "If that is not on purpose, tighten its tolerance, give it more steps, or "
+            "use `eqi.AutoLinearSolver()`.",
+        )
+    ]

@@ -1,0 +1,207 @@
+"""What a Jacobian is like: its condition, weakest direction, and whether tags hold."""
+
+from typing import Any
+
+import equinox as eqx
+import lineax as lx
+import numpy as np
+
+from ._finding import Finding, number
+from ._point import flat, Point, shares, SMALL, unflat
+from .linear_solvers.dense import singular_below
+
+Vector = np.ndarray[Any, np.dtype[Any]]
+
+
+class Spectrum(eqx.Module):
+    """The ends of the spectrum of `∂F/∂y`, from its matrix.
+
+    **Attributes:**
+
+    - `largest`, `smallest`: its singular values.
+    - `null`: the right singular vector of the smallest, flat, of length one.
+    - `flats`: how many singular values are zero to working precision.
+    - `range_basis`: left singular vectors of those that are not.
+    - `lowest`: the lowest eigenvalue of the symmetric part, over `largest`.
+    - `highest`: the highest one.
+    """
+
+    largest: float
+    smallest: float
+    null: Vector
+    flats: int
+    range_basis: Vector
+    lowest: float
+    highest: float
+
+    @property
+    def condition(self) -> float:
+        """The ratio of the singular values; infinite for a singular matrix."""
+        return self.largest / self.smallest if self.smallest > 0 else float("inf")
+
+
+def matrix_of(point: Point) -> Vector | None:
+    """The matrix of `∂F/∂y`, if it is small and finite."""
+    if point.size > SMALL:
+        return None
+    matrix = np.asarray(point.untagged.as_matrix(), np.float64)
+    return matrix if np.isfinite(matrix).all() else None
+
+
+def spectrum_of(matrix: Vector, eps: float) -> Spectrum:
+    """The spectrum of a matrix that was computed with machine epsilon `eps`."""
+    u, s, vt = np.linalg.svd(matrix)
+    top = float(s[0])
+    zero = s <= singular_below(eps) * top
+    values = np.linalg.eigvalsh((matrix + matrix.T) / 2) / (top or 1.0)
+    return Spectrum(
+        largest=top,
+        smallest=0.0 if s[-1] <= eps * top else float(s[-1]),
+        null=vt[-1],
+        flats=int(zero.sum()),
+        range_basis=u[:, ~zero],
+        lowest=float(values[0]),
+        highest=float(values[-1]),
+    )
+
+
+def conditioning(point: Point, spectrum: Spectrum | None) -> list[Finding]:
+    """Findings on a singular or ill-conditioned `∂F/∂y`."""
+    if spectrum is None:
+        return []
+    where = f"weakest direction: {shares(spectrum.null, point.y)}"
+    if spectrum.flats and lx.is_symmetric(point.operator):
+        return [_flat_directions(spectrum, where)]
+    if spectrum.flats:
+        return [_singular(spectrum, where)]
+    if spectrum.condition * point.eps**0.5 < 1:
+        return []
+    lost = number(spectrum.condition * point.eps)
+    return [
+        Finding(
+            "warning",
+            "The Jacobian `∂F/∂y` is ill-conditioned: the derivative has few digits.",
+            where,
+            f"condition number {number(spectrum.condition)}, relative error up to "
+            f"about {lost}",
+            "Rescale the unknowns and equations, or use float64.",
+        )
+    ]
+
+
+def _singular(spectrum: Spectrum, where: str) -> Finding:
+    return Finding(
+        "error",
+        "The Jacobian `∂F/∂y` is singular at the solution, which is then no "
+        "differentiable function of the parameters.",
+        where,
+        f"{spectrum.flats} of {spectrum.null.size} singular values are zero to "
+        f"working precision, condition number {number(spectrum.condition)}",
+        "Remove redundant equations or a symmetry, look for a multiple root, or pass "
+        "`linear_solver=eqi.LeastNorm()` for the minimum-norm derivative.",
+    )
+
+
+def _flat_directions(spectrum: Spectrum, where: str) -> Finding:
+    return Finding(
+        "warning",
+        "The Hessian has flat directions, so the derivative is the minimum-norm one: "
+        "it has no part along them.",
+        where,
+        f"{spectrum.flats} singular values are zero to working precision",
+        "Differentiate a loss that does not change along them (its derivative is then "
+        "right), or fix the symmetry; any other cotangent has a NaN derivative.",
+    )
+
+
+def probe(operator: lx.AbstractLinearOperator, vector: Vector) -> Vector:
+    """`A v` for a flat vector `v`."""
+    return flat(operator.mv(unflat(vector, operator.in_structure())))
+
+
+def asymmetry(point: Point, random: np.random.Generator) -> float:
+    """`|uᵀAv - vᵀAu|` for two random vectors, relative to the sizes of both terms."""
+    u, v = random.standard_normal((2, point.size))
+    au, av = probe(point.operator, u), probe(point.operator, v)
+    scale = np.linalg.norm(u) * np.linalg.norm(av)
+    scale += np.linalg.norm(v) * np.linalg.norm(au)
+    return float(abs(u @ av - v @ au) / (scale or 1.0))
+
+
+def curvature(
+    point: Point, spectrum: Spectrum | None, random: np.random.Generator
+) -> tuple[float, float]:
+    """The lowest and highest `vᵀAv`, relative to `‖v‖ ‖A‖`.
+
+    From the eigenvalues of a small matrix; along one random vector otherwise.
+    """
+    if spectrum is not None:
+        return spectrum.lowest, spectrum.highest
+    v = random.standard_normal(point.size)
+    av = probe(point.operator, v)
+    value = float(v @ av / ((np.linalg.norm(v) * np.linalg.norm(av)) or 1.0))
+    return value, value
+
+
+def _outside(matrix: Vector, rows: Vector, tag: object, k: Vector) -> Vector | None:
+    """Entries of the columns `k` that a structural tag says are zero."""
+    below, away = rows[:, None] - k[None, :], np.abs(rows[:, None] - k[None, :])
+    masks: dict[object, Vector] = {
+        lx.diagonal_tag: away > 0,
+        lx.tridiagonal_tag: away > 1,
+        lx.lower_triangular_tag: below < 0,
+        lx.upper_triangular_tag: below > 0,
+    }
+    return matrix[masks[tag]] if tag in masks else None
+
+
+def _structure_error(
+    point: Point, tag: object, matrix: Vector | None, random: np.random.Generator
+) -> float:
+    n = point.size
+    if matrix is None:
+        k = np.array([random.integers(n)])
+        columns = probe(point.operator, np.eye(1, n, int(k[0]))[0])[:, None]
+    else:
+        k, columns = np.arange(n), matrix
+    outside = _outside(columns, np.arange(n), tag, k)
+    if tag is lx.unit_diagonal_tag:
+        outside = columns[k, np.arange(len(k))] - 1
+    if outside is None or not outside.size:
+        return 0.0
+    return float(np.max(np.abs(outside)) / (np.max(np.abs(columns)) or 1.0))
+
+
+def false_tags(
+    point: Point,
+    matrix: Vector | None,
+    spectrum: Spectrum | None,
+    random: np.random.Generator,
+) -> list[Finding]:
+    """Tags of the condition that one random probe (or a small matrix) refutes."""
+    limit = point.eps**0.5
+    found = list[Finding]()
+    for tag in point.operator.tags:
+        if tag is lx.symmetric_tag:
+            size = asymmetry(point, random)
+        elif tag is lx.positive_semidefinite_tag:
+            size = max(-curvature(point, spectrum, random)[0], asymmetry(point, random))
+        elif tag is lx.negative_semidefinite_tag:
+            size = max(curvature(point, spectrum, random)[1], asymmetry(point, random))
+        else:
+            size = _structure_error(point, tag, matrix, random)
+        if not size <= limit:
+            found.append(_false_tag(tag, size))
+    return found
+
+
+def _false_tag(tag: object, size: float) -> Finding:
+    name = f"lx.{tag!r}"
+    return Finding(
+        "error",
+        f"The tag `{name}` is false for `∂F/∂y`, so a solver that relies on it solves "
+        "another system.",
+        "`condition.tags`",
+        f"violated by {number(size)} of the operator's size",
+        f"Drop the tag `{name}` from the condition.",
+    )
