@@ -3,6 +3,7 @@
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
@@ -97,3 +98,45 @@ class Solution(eqx.Module, Generic[Y, Aux]):
     result: RESULTS
     aux: Aux
     stats: dict[str, Any]
+
+    def value_or(self, default: Y) -> Y:
+        """Returns the value where the solve succeeded, and `default` where it did not.
+
+        The derivative is that of whichever was chosen, lane by lane: a failed solve,
+        whose own derivative is NaN, leaves none in that of `default`.
+
+        **Arguments:**
+
+        - `default`: structured as `value`; each leaf of its shape, or a scalar.
+
+        **Returns:** a pytree structured as `value`, of its shapes and dtypes. Solve
+        with `throw=False`, or a failure raises before there is anything to choose.
+
+        **Raises:** `ValueError` if `default` does not fit `value`.
+
+        !!! example
+
+            ```python
+            y = layer.solve(y0, args).value_or(jnp.zeros(3))
+            ```
+        """
+        ok = jnp.asarray(self.result == RESULTS.successful)
+        ours, theirs = jtu.tree_structure(self.value), jtu.tree_structure(default)
+        if ours != theirs:
+            raise ValueError(
+                f"The default of `value_or` has structure {theirs}, the value {ours}. "
+                "Pass a default structured as the solution."
+            )
+        return jtu.tree_map(lambda y, d: _chosen(ok, y, d), self.value, default)
+
+
+def _chosen(ok: Bool[Array, "..."], y: Array, default: Any) -> Array:
+    other = jnp.asarray(default, y.dtype)
+    if other.ndim != 0 and other.shape != y.shape:
+        raise ValueError(
+            f"A leaf of the default of `value_or` has shape {list(other.shape)}, that "
+            f"of the value {list(y.shape)}. Pass that shape or a scalar."
+        )
+    # A batch of solutions has a batch of results, in front of the axes of a value.
+    lanes = jnp.reshape(ok, ok.shape + (1,) * (y.ndim - ok.ndim))
+    return jnp.where(lanes, y, jnp.broadcast_to(other, y.shape))
