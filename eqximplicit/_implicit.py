@@ -80,12 +80,23 @@ class _Attachment(eqx.Module):
 
 
 @eqx.filter_custom_jvp
-def _attach(y: Any, attachment: _Attachment) -> Any:
+def _bare_attach(y: Any, attachment: _Attachment) -> Any:
     del attachment
     return y
 
 
-@_attach.def_jvp
+# When JAX evaluates a program partially (reverse mode inside a `scan` does so twice),
+# it replaces a custom rule by the function's body, here by `y` without a derivative,
+# and reverse mode of the result is silently wrong. It leaves the body of a checkpoint
+# alone; one that saves everything recomputes nothing.
+_attach = eqx.filter_checkpoint(
+    _bare_attach,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.everything_saveable,
+)
+
+
+@_bare_attach.def_jvp
 def _attach_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     y, attachment = primals
     _, t_attachment = tangents  # y is the solver's: its own tangent is zero

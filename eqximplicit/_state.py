@@ -44,7 +44,8 @@ def _as_state_leaf(path: tuple[Any, ...], leaf: Any) -> Array:
         raise ValueError(
             f"The state holds {describe(leaf)} at `{leaf_name('y0', path)}`; every "
             "leaf of a state must be a number or an array. Move it to `args`, to the "
-            "function, or to a static field."
+            "function, or to a static field; of a network, take the arrays with "
+            "`eqx.partition(net, eqx.is_inexact_array)`."
         )
     array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.inexact):
