@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool
 
 from ._custom_types import PyTree
 from ._solution import is_successful
-from ._state import filled, nonzero_and_finite, select, stop_gradient, struct_of
+from ._state import filled, nonzero_and_finite, select, stop_gradient
 
 
 class LinearRule(eqx.Module):
@@ -79,7 +79,9 @@ def differentiable_linear_solve(
     **Returns:** `x`, structured as `vector`. All NaN where `b` is not zero and the
     solver failed, the solution is not finite, or `rule.trusted` is false.
     """
-    operator = lx.FunctionLinearOperator(mv, struct_of(vector), rule.tags)
+    # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
+    structure = jax.eval_shape(lambda: vector)
+    operator = lx.FunctionLinearOperator(mv, structure, rule.tags)
     # The factorisation carries no derivative: that of A enters through `operator.mv`.
     frozen: lx.AbstractLinearOperator = stop_gradient(operator)
     state = stop_gradient(rule.solver.init(frozen, rule.options))

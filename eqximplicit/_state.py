@@ -215,17 +215,10 @@ def nonzero_and_finite(
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Whether some entry of `a` is not zero, and whether every entry of `b` is finite.
 
-    Both in one reduction: they guard every linear solve, and small ones are common.
+    Boolean reductions: XLA merges them over devices, and knows no other bitwise ones.
     """
-
-    def leaf_code(x: Array, y: Array) -> Array:
-        nonzero = (x != 0).astype(jnp.int32)
-        broken = jnp.logical_not(jnp.isfinite(y)).astype(jnp.int32)
-        return jax.lax.reduce_or(nonzero | 2 * broken, tuple(range(x.ndim)))
-
-    codes = jtu.tree_leaves(jtu.tree_map(leaf_code, a, b))
-    code = functools.reduce(jnp.bitwise_or, codes)
-    return (code & 1) != 0, (code & 2) == 0
+    zero = _all([x == 0 for x in jtu.tree_leaves(a)])
+    return ~zero, all_finite(b)
 
 
 def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:

@@ -141,7 +141,7 @@ def measured(
     residual_norm: Float[Array, ""],
     *,
     rtol: Float[Array, ""] | float,
-    atol: float = 0.0,
+    atol: Float[Array, ""] | float = 0.0,
     failure: lx.RESULTS = lx.RESULTS.singular,
     **stats: Any,
 ) -> Answer:

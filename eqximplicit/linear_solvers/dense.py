@@ -25,6 +25,9 @@ from ._small import LARGEST, small_inverse
 # matrices of 4..200 rows: what elimination leaves of the last pivot of a singular one
 # is at most 1000 eps in float64 and 250 eps in float32 (2 eps^(2/3): 3e5 and 400 eps).
 MAX_BYTES = 2**30
+# A residual of this many epsilon times the norm of the matrix is rounding of a product
+# of that matrix with a vector of norm one.
+NOISE = 16.0
 
 
 def singular_below(eps: float) -> float:
@@ -254,7 +257,12 @@ class DirectSymmetric(lx.AbstractLinearSolver[SymmetricState]):
         else:
             judged = residual
         rtol = jnp.where(state.regular, residual_limit(eps), consistency_limit(eps))
-        _, result, stats = measured(x, b, norm(judged), rtol=rtol.astype(b.dtype))
+        # A right-hand side that is itself no more than rounding has a part in the null
+        # space: the gradient at a minimum, say, the cotangent of the objective there.
+        atol = NOISE * eps * jnp.linalg.norm(state.matrix)
+        _, result, stats = measured(
+            x, b, norm(judged), rtol=rtol.astype(b.dtype), atol=atol
+        )
         stats |= {"residual_norm": norm(residual), "singular": ~state.regular}
         return unravel(state.sign * x), result, stats
 
