@@ -1,0 +1,303 @@
+"""Everyone on every workload: Markdown tables, geometric means and a plot.
+
+    python benchmarks/report.py                    # all, about ten minutes of one core
+    python benchmarks/report.py --quick            # fewer rounds, about five
+    python benchmarks/report.py --only deq pair    # some of them
+    python benchmarks/report.py --page docs        # also writes docs/benchmarks.md
+
+A contestant whose derivative is off by more than its workload allows is not timed.
+"""
+
+import argparse
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import one_core
+
+import jax  # isort: skip  (on the core that the line before has chosen)
+import memory
+import timing
+from common import BY_HAND, MATCHED, OURS, Workload
+from timing import FirstCall
+from workloads import WORKLOADS
+
+LIBRARIES = (OURS, MATCHED, "optimistix", "jaxopt", "unrolled")
+FIRST_LIMIT = 1.3
+MEAN_LIMITS = {"gradient": 1.05, "first call": 1.2}
+
+
+class Row(NamedTuple):
+    """One contestant on one workload; seconds, NaN for what was not measured."""
+
+    error: float
+    gradient: float
+    forward: float
+    first: FirstCall | None
+
+
+class Ratios(NamedTuple):
+    """What one library needs relative to the best code by hand."""
+
+    gradient: float
+    forward: float
+    first: float
+
+
+def measure(workload: Workload, quick: bool) -> dict[str, Row]:
+    """Checks everyone, then times those who are right."""
+    args = (workload.theta,)
+    errors = timing.errors(workload.gradients, *args, workload.reference)
+    right = {n: f for n, f in workload.gradients.items() if errors[n] <= workload.rtol}
+    seconds, rounds = (1.5, 1) if quick else (6.0, 3)
+    gradient = timing.run_times(right, args, seconds=seconds)
+    solves = {n: f for n, f in workload.solves.items() if n in right}
+    forward = timing.run_times(solves, args, seconds=seconds / 2) if solves else {}
+    first = timing.first_calls(right, args, rounds)
+    return {
+        name: Row(
+            error,
+            gradient.get(name, math.nan),
+            forward.get(name, math.nan),
+            first.get(name),
+        )
+        for name, error in errors.items()
+    }
+
+
+def best_of(rows: dict[str, Row], library: str) -> Row | None:
+    """The quickest gradient among the variants of a library."""
+    exact = library in (OURS, MATCHED)
+    found = [
+        row
+        for name, row in rows.items()
+        if row.first is not None
+        and (name == library if exact else name.startswith(library))
+    ]
+    return min(found, key=lambda row: row.gradient, default=None)
+
+
+def first_of(row: Row) -> float:
+    return math.nan if row.first is None else row.first.seconds
+
+
+def ratios(rows: dict[str, Row], row: Row) -> Ratios:
+    hand = best_of(rows, BY_HAND)
+    assert hand is not None, "the code by hand is wrong"
+    return Ratios(
+        row.gradient / hand.gradient,
+        row.forward / hand.forward,
+        first_of(row) / first_of(hand),
+    )
+
+
+def scaled(value: float, unit: float) -> str:
+    return "" if math.isnan(value) else f"{value / unit:.3g}"
+
+
+def ratio(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def table(workload: Workload, rows: dict[str, Row]) -> str:
+    """Run times in microseconds, first calls in milliseconds."""
+    columns = (
+        "contestant",
+        "gradient [us]",
+        "ratio",
+        "forward [us]",
+        "ratio",
+        "first call [ms]",
+        "ratio",
+        "trace + lower + compile",
+        "temporary [KiB]",
+        "error",
+    )
+    lines = [
+        f"### {workload.title}\n",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: item[1].gradient):
+        if row.first is None:
+            lines.append(f"| {name}" + " |" * 9 + f" {row.error:.0e}, not timed |")
+            continue
+        found, first = ratios(rows, row), row.first
+        phases = (first.trace, first.lower, first.compile)
+        cells = (
+            name,
+            scaled(row.gradient, 1e-6),
+            ratio(found.gradient),
+            scaled(row.forward, 1e-6),
+            ratio(found.forward),
+            scaled(first.seconds, 1e-3),
+            ratio(found.first),
+            " + ".join(f"{1e3 * phase:.0f}" for phase in phases),
+            f"{first.temp_bytes / 1024:.4g}",
+            f"{row.error:.0e}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+Results = dict[str, tuple[Workload, dict[str, Row]]]
+
+
+def library_ratios(results: Results, library: str) -> dict[str, Ratios]:
+    found = {}
+    for key, (_, rows) in results.items():
+        row = best_of(rows, library)
+        if row is not None:
+            found[key] = ratios(rows, row)
+    return found
+
+
+def means(results: Results) -> str:
+    """Geometric means of the ratios to the code by hand."""
+    lines = [
+        "| library | workloads | gradient | forward | first call |",
+        "|---|---|---|---|---|",
+    ]
+    for library in LIBRARIES:
+        found = library_ratios(results, library).values()
+        cells = []
+        for part in ("gradient", "forward", "first"):
+            values = [getattr(r, part) for r in found]
+            values = [v for v in values if not math.isnan(v)]
+            cells.append(ratio(timing.geometric_mean(values)) if values else "")
+        lines.append(f"| {library} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(value: float, limit: float) -> str:
+    return f"{value:.2f} " + ("(reached)" if value <= limit else "(**missed**)")
+
+
+def targets(results: Results) -> str:
+    """What is aimed at, and whether it is reached."""
+    lines = [
+        "| workload | gradient: limit | by default | matched | first call: limit "
+        "| by default | matched | quickest other library |",
+        "|---" * 8 + "|",
+    ]
+    for workload, rows in results.values():
+        cells: dict[str, tuple[str, str]] = {}
+        for library in (OURS, MATCHED):
+            row = best_of(rows, library)
+            if row is None:
+                cells[library] = ("", "")
+                continue
+            found = ratios(rows, row)
+            cells[library] = (
+                verdict(found.gradient, workload.limit),
+                verdict(found.first, FIRST_LIMIT),
+            )
+        peers = [best_of(rows, name) for name in ("optimistix", "jaxopt")]
+        others = [ratios(rows, peer).gradient for peer in peers if peer is not None]
+        lines.append(
+            f"| {workload.title} | {workload.limit} | {cells[OURS][0]} "
+            f"| {cells[MATCHED][0]} | {FIRST_LIMIT} | {cells[OURS][1]} "
+            f"| {cells[MATCHED][1]} | {ratio(min(others, default=math.nan))} |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What it ran on."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        model = info.split("model name\t: ")[1].splitlines()[0]
+    except (OSError, IndexError):
+        model = platform.processor()
+    packages = ("jax", "equinox", "lineax", "optimistix", "jaxopt", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return (
+        f"{platform.machine()}, {model}, {one_core.CORES} cores of which one is used; "
+        f"Python {platform.python_version()}, {versions}."
+    )
+
+
+def plot(results: Results, path: Path) -> None:
+    """Bars of the gradient's and the first call's ratio, on logarithmic axes."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(10, 7), layout="constrained")
+    keys = list(results)
+    for axis, part in zip(axes, ("gradient", "first"), strict=True):
+        for i, library in enumerate(LIBRARIES):
+            found = library_ratios(results, library)
+            places = [j + (i - 2) * 0.16 for j, key in enumerate(keys) if key in found]
+            heights = [getattr(found[key], part) for key in keys if key in found]
+            axis.bar(places, heights, width=0.15, bottom=0, label=library)
+        axis.axhline(1.0, color="black", lw=0.8)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(keys)), keys, rotation=20)
+        what = "value and gradient" if part == "gradient" else "first call"
+        axis.set_ylabel(f"{what}\n(ratio to code by hand)")
+    axes[0].legend(ncols=len(LIBRARIES), fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+INTRODUCTION = """\
+# Benchmarks
+
+Everything here is written by one script. In a clone, with the group `benchmarks` and
+the extra `all` installed:
+
+```sh
+python benchmarks/report.py --page docs
+```
+
+Contestants of a workload run in turns, in one process with one thread on one core;
+times are medians of CPU time. A *ratio* is to the best code by hand: a `custom_vjp`
+that an expert writes for that one problem. *Gradient* is value and gradient (or the
+whole Jacobian), *forward* the solution alone, *first call* trace, lowering and
+compilation of the gradient. Each contestant's derivative is first compared with a NumPy
+program in float64; all are asked for the same tolerances, none of them raises
+(`throw=False`). `eqximplicit` has the default solvers, `eqximplicit, matched` is given
+the algorithm of the code by hand.
+The problems are in `benchmarks/workloads.py` and `benchmarks/bilevel.py`. Further
+scripts: `sparse.py` (2-D diffusion, too), `linear_solvers.py`, `root_finders.py`,
+`fixed_points.py`."""
+
+
+def page(results: Results, image: str) -> str:
+    tables = "\n\n".join(table(*result) for result in results.values())
+    limits = ", ".join(f"{name} {value}" for name, value in MEAN_LIMITS.items())
+    parts = (
+        INTRODUCTION,
+        f"Measured on: {machine()}",
+        "## What is aimed at\n\n" + targets(results),
+        f"## Geometric means\n\nAimed at: {limits}.\n\n" + means(results),
+        f"![Ratios to code by hand]({image})",
+        "## Memory against the number of steps\n\n" + memory.table(),
+        "## Every workload\n\n" + tables,
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--page", type=Path, metavar="FOLDER")
+    options = parser.parse_args()
+    results: Results = {}
+    for key in options.only:
+        workload = WORKLOADS[key]()
+        results[key] = workload, measure(workload, options.quick)
+        print(table(*results[key]) + "\n", flush=True)
+    print(means(results) + "\n\n" + targets(results) + "\n\n" + memory.table())
+    folder = options.page or Path("outputs")
+    plot(results, folder / "benchmarks.png")
+    if options.page:
+        (folder / "benchmarks.md").write_text(page(results, "benchmarks.png"))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()
