@@ -11,8 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from .._custom_types import PyTree
 from ._residual import add, dot, epsilon, minus, scale, where, zeros_like
 
 Vector = PyTree[Array]

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
+
+from .._custom_types import PyTree
 
 T = TypeVar("T")
 Stats = dict[str, Any]

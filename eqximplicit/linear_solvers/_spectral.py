@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
+from .._custom_types import PyTree
 from ._residual import norm, require_real
 from .dense import materialised
 

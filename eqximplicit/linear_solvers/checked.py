@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
+from .._custom_types import PyTree
 from ._residual import Answer, check_bytes, epsilon, measured, minus, norm, structure
 from .dense import residual_limit, singular_below
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from .._custom_types import PyTree
 from ._residual import (
     Answer,
     any_lane,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from .._custom_types import PyTree
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
@@ -235,8 +236,8 @@ class HybridKrylov(lx.AbstractLinearSolver[KrylovState]):
 
 def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -> Any:
     if preconditioner is None:
-        return lambda r: r  # pyright: ignore[reportUnknownLambdaType]
-    return lambda r: scale(sign, preconditioner.mv(r))  # pyright: ignore[reportUnknownLambdaType]
+        return lambda r: r
+    return lambda r: scale(sign, preconditioner.mv(r))
 
 
 def _direct(

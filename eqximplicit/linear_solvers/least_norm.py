@@ -6,8 +6,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from .._custom_types import PyTree
 from ._residual import Answer, epsilon, measured, norm
 from ._spectral import decompose, lost, SpectralState, Structure, structure_key
 from .dense import consistency_limit, MAX_BYTES

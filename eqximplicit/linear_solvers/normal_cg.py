@@ -4,8 +4,9 @@ from typing import Any
 
 import equinox as eqx
 import lineax as lx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from .._custom_types import PyTree
 from ._residual import (
     Answer,
     approximate,

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._custom_types import PyTree
 from ._residual import Answer, approximate, epsilon, minus, norm, size, structure
 from .dense import pseudo_inverse
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Bool, Inexact, PyTree
+from jaxtyping import Array, Bool, Inexact
 
+from .._custom_types import PyTree
 from ._pattern import (
     detect_structure as detect_structure,
     flat_size,

@@ -5,8 +5,9 @@ from typing import Any
 import equinox as eqx
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from .._custom_types import PyTree
 from ._residual import Answer, approximate, norm
 from ._spectral import decompose, structure_key
 from .dense import MAX_BYTES

@@ -6,7 +6,7 @@ meet it, so that nothing is promoted behind the user's back.
 """
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -99,6 +99,41 @@ def dot(x: Any, y: Any, dtype: jnp.dtype) -> Float[Array, ""]:
 def length(x: Any, dtype: jnp.dtype) -> Float[Array, ""]:
     """Returns the Euclidean length of `x`, in `dtype`."""
     return jnp.sqrt(dot(x, x, dtype))
+
+
+def in_one(scalars: Sequence[Array]) -> Float[Array, " n"]:
+    """Returns the scalars (or arrays of one shape) along a leading axis.
+
+    As `jnp.stack`, but elementwise: XLA compiles all that leads to the scalars into one
+    kernel, where it makes a kernel of each operand of a concatenation. A kernel takes
+    some 10 ms to compile.
+    """
+    first, *others = scalars
+    shape = (len(scalars), *first.shape)
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    out = jnp.broadcast_to(first, shape)
+    for i, scalar in enumerate(others, 1):
+        out = jnp.where(index == i, jnp.broadcast_to(scalar, shape), out)
+    return out
+
+
+def apart(stack: Array) -> list[Array]:
+    """Returns the entries along the leading axis: the inverse of `in_one`."""
+    return [
+        jax.lax.index_in_dim(stack, i, keepdims=False) for i in range(stack.shape[0])
+    ]
+
+
+def squares(xs: Sequence[Any], dtype: jnp.dtype) -> list[Float[Array, ""]]:
+    """Returns the squared lengths of vectors of one space, without derivatives."""
+
+    def leaf(*parts: Array) -> Array:
+        stack = jax.lax.stop_gradient(in_one(parts))
+        axes = tuple(range(1, stack.ndim))
+        return jnp.sum(jnp.real(jnp.conj(stack) * stack), axis=axes).astype(dtype)
+
+    terms: list[Array] = jtu.tree_leaves(jtu.tree_map(leaf, *xs))
+    return apart(ft.reduce(jnp.add, terms, jnp.zeros(len(xs), dtype)))
 
 
 def norm_of(norm: Callable[[Any], Array], x: Any, dtype: jnp.dtype) -> Float[Array, ""]:

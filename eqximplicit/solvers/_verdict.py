@@ -202,7 +202,7 @@ def coarse(result: RESULTS) -> optx.RESULTS:
 
 def divergence() -> RESULTS:
     """Returns optimistix's divergence as one of our codes."""
-    return RESULTS.nonlinear_divergence
+    return as_results(RESULTS.nonlinear_divergence)
 
 
 def why_stuck(best: Best[Any]) -> RESULTS:

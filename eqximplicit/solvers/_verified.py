@@ -28,7 +28,7 @@ from . import _vector_space as vs
 from ._curvature import extreme_curvatures
 from ._newton_polish import hessian_product, polish, PolishState, start
 
-_DIVERGED = RESULTS.nonlinear_divergence
+_DIVERGED = as_results(RESULTS.nonlinear_divergence)
 
 MAX_STALLED = 20  # steps of SEARCH in a row that leave `y` where it is
 

@@ -21,7 +21,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 
-from .._solution import RESULTS
+from .._solution import as_results, RESULTS
 
 LOGGER = logging.getLogger("eqximplicit")
 
@@ -31,10 +31,10 @@ Kind = Literal["root", "fixed_point", "minimise", "any"]
 _CODES: tuple[RESULTS, ...] = (
     RESULTS.successful,
     RESULTS.host_failure,
-    RESULTS.nonlinear_max_steps_reached,
+    as_results(RESULTS.nonlinear_max_steps_reached),
     RESULTS.residual_too_large,
     RESULTS.local_minimum,
-    RESULTS.nonfinite,
+    as_results(RESULTS.nonfinite),
 )
 _OK, _FAILED, _MAX_STEPS, _TOO_LARGE, _LOCAL_MINIMUM, _NONFINITE = range(len(_CODES))
 _BUDGET = re.compile(r"max|limit|too many|has reached|iterations", re.IGNORECASE)
