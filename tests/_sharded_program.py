@@ -1,0 +1,289 @@
+"""Solves sharded over eight simulated devices; prints what happened as JSON.
+
+`test_sharding.py` runs this in a process of its own, because the number of devices is
+fixed when JAX starts. `python tests/_sharded_program.py table` prints the table of
+`docs/scale_out.md` instead.
+"""
+
+import collections
+import functools
+import json
+import os
+import sys
+
+import _hlo as hlo
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optimistix as optx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import eqximplicit as eqi
+
+# More unknowns than the default linear solver would ever solve directly (2048).
+BATCH, FEATURES = 16, 136
+TOL = {"rtol": 1e-12, "atol": 1e-12}
+ROWS, COLUMNS, WHOLE = P("d", None), P(None, "d"), P(None, None)
+
+
+def dense_cell(z, args):
+    """Each row of `z` by itself: a layer of a neural network."""
+    w, x = args
+    return jnp.tanh(jnp.matmul(z, w) + x)
+
+
+def coupled_cell(z, args):
+    """Features that see each other through their mean: no matrix to be gathered."""
+    w, x = args
+    mean = jnp.mean(z, axis=1, keepdims=True)
+    return jnp.tanh(0.5 * z + 0.3 * mean + jnp.diagonal(w)[None, :] + x)
+
+
+def loss(solver, linear_solver, cell, w, x):
+    layer = eqi.ImplicitFunction(
+        eqi.FixedPoint(cell),
+        solver,
+        eqi.ImplicitAdjoint(linear_solver=linear_solver),
+        throw=False,
+    )
+    return jnp.mean(layer(jnp.zeros_like(x), (w, x)) ** 2)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(FEATURES, FEATURES))
+    return 0.8 * w / np.linalg.norm(w, 2), rng.normal(size=(BATCH, FEATURES))
+
+
+def reference(cell, w, x):
+    """The loss and its gradients by NumPy: iterate long, then solve densely by row."""
+    z, eye = np.zeros_like(x), np.eye(FEATURES)
+
+    def before_tanh(z):
+        if cell is dense_cell:
+            return z @ w + x
+        return 0.5 * z + 0.3 * z.mean(axis=1, keepdims=True) + np.diag(w) + x
+
+    for _ in range(400):
+        z = np.tanh(before_tanh(z))
+    # z = tanh(z A + ...): the cotangent u of the argument of tanh solves
+    # u = (2 z / N + u Aᵀ) (1 - z²).
+    a = w if cell is dense_cell else 0.5 * eye + 0.3 / FEATURES
+    slope = 1 - z**2
+    u = np.stack(
+        [np.linalg.solve(eye - s[:, None] * a, s * c)
+         for s, c in zip(slope, 2 * z / z.size, strict=True)]
+    )  # fmt: skip
+    w_bar = z.T @ u if cell is dense_cell else np.diag(u.sum(axis=0))
+    return np.mean(z**2), (w_bar, u)
+
+
+def measure(fn, args, specs, mesh, expected):
+    """Compiles `fn` for sharded arguments, runs it, and compares with `expected`.
+
+    Its gradients are asked for in the shardings of the arguments.
+    """
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    compiled = (
+        jax.jit(fn, in_shardings=shardings, out_shardings=(None, shardings))
+        .lower(*args)
+        .compile()
+    )
+    value, grads = compiled(*jax.device_put(args, shardings))
+    text = compiled.as_text()
+    exact, exact_grads = expected
+    errors = [
+        float(np.max(np.abs(np.asarray(g) - e)) / np.max(np.abs(e)))
+        for g, e in zip(grads, exact_grads, strict=True)
+    ]
+    return {
+        "value_error": float(abs(value - exact)),
+        "errors": errors,
+        "collectives": hlo.collectives(text),
+        "loops": hlo.loops(text),
+        "custom_calls": hlo.custom_calls(text),
+    }
+
+
+def jitted(solver, linear_solver, *, cell=dense_cell, specs=(WHOLE, ROWS), devices=8):
+    mesh = jax.make_mesh((devices,), ("d",), devices=jax.devices()[:devices])
+    mesh = jax.sharding.Mesh(mesh.devices, ("d",))  # automatic sharding
+    fn = functools.partial(loss, solver, linear_solver, cell)
+    w, x = data()
+    return measure(
+        jax.value_and_grad(fn, argnums=(0, 1)),
+        (w, x),
+        specs,
+        mesh,
+        reference(cell, w, x),
+    )
+
+
+def explicit(solver, linear_solver):
+    """A mesh of explicit axes; the layer is entered by `auto_axes`."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+
+    @jax.sharding.auto_axes
+    def deq(w, x):
+        layer = eqi.ImplicitFunction(
+            eqi.FixedPoint(dense_cell),
+            solver,
+            eqi.ImplicitAdjoint(linear_solver=linear_solver),
+            throw=False,
+        )
+        return layer(jnp.zeros_like(x), (w, x))
+
+    def fn(w, x):
+        z = deq(w, x, out_sharding=ROWS)
+        assert jax.typeof(z).sharding.spec == ROWS
+        return jnp.mean(z**2)
+
+    w, x = data()
+    with jax.set_mesh(mesh):
+        out = measure(
+            jax.value_and_grad(fn, argnums=(0, 1)),
+            (w, x),
+            (WHOLE, ROWS),
+            mesh,
+            reference(dense_cell, w, x),
+        )
+    return out
+
+
+def mapped(solver, linear_solver):
+    """`shard_map`: every device solves its own rows."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=P(), check_vma=False
+    )
+    def fn(w, x):
+        return jax.lax.pmean(loss(solver, linear_solver, dense_cell, w, x), "d")
+
+    w, x = data()
+    return measure(
+        jax.value_and_grad(fn, argnums=(0, 1)),
+        (w, x),
+        (WHOLE, ROWS),
+        mesh,
+        reference(dense_cell, w, x),
+    )
+
+
+def waiting():
+    """Evaluations of the function on each device, where some lanes need more."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    rates = jnp.linspace(0.1, 0.95, 8)
+    counts = collections.Counter()
+
+    def solve(rate, device, counted):
+        def fn(y, args):
+            if counted:
+                jax.debug.callback(lambda i: counts.update([int(i)]), args[1][0])
+            return args[0] * jnp.cos(y)
+
+        layer = eqi.ImplicitFunction(
+            eqi.FixedPoint(fn), optx.FixedPointIteration(**TOL), throw=False
+        )
+        solution = layer.solve(jnp.zeros_like(rate), (rate, device))
+        return solution.value, solution.stats["num_steps"][None]
+
+    def over_devices(counted):
+        fn = functools.partial(solve, counted=counted)
+        specs = (P("d"), P("d"))
+        return jax.jit(
+            jax.shard_map(
+                fn, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False
+            )
+        )
+
+    devices = jnp.arange(8)
+    _, steps = over_devices(True)(rates, devices)
+    jax.block_until_ready(steps)
+    jax.effects_barrier()
+    text = over_devices(False).lower(rates, devices).compile().as_text()
+    alone = [int(solve(rates[i : i + 1], devices, False)[1][0]) for i in range(8)]
+    _, together = jax.jit(functools.partial(solve, counted=False))(rates, devices)
+    return {
+        "steps": [int(n) for n in steps],
+        "evaluations": [counts[i] for i in range(8)],
+        "alone": alone,
+        "together": int(together[0]),
+        "collectives": hlo.kinds(text),
+    }
+
+
+def host_calls(throw):
+    """The custom calls of one unsharded solve."""
+    layer = eqi.ImplicitFunction(
+        eqi.FixedPoint(dense_cell), optx.FixedPointIteration(**TOL), throw=throw
+    )
+    w, x = data()
+    compiled = jax.jit(lambda w, x: layer(jnp.zeros_like(x), (w, x))).lower(w, x)
+    return hlo.custom_calls(compiled.compile().as_text())
+
+
+PICARD = optx.FixedPointIteration(**TOL)
+KRYLOV = eqi.HybridKrylov(rtol=1e-12)
+
+CASES = {
+    "jit, rows, Anderson, HybridKrylov": lambda: jitted(eqi.Anderson(**TOL), KRYLOV),
+    "jit, rows, Broyden, Neumann": lambda: jitted(
+        eqi.Broyden(**TOL), eqi.Neumann(rtol=1e-12)
+    ),
+    "jit, rows, AutoFixedPoint, BiCGStab": lambda: jitted(
+        eqi.AutoFixedPoint(**TOL), lx.BiCGStab(1e-12, 1e-12)
+    ),
+    "jit, features without a matrix, Anderson, HybridKrylov": lambda: jitted(
+        eqi.Anderson(**TOL), KRYLOV, cell=coupled_cell, specs=(WHOLE, COLUMNS)
+    ),
+    "jit, rows, sharded parameters, Picard, NormalCG": lambda: jitted(
+        PICARD, eqi.NormalCG(rtol=1e-12), specs=(ROWS, ROWS)
+    ),
+    "jit, features with a matrix, Broyden, HybridKrylov": lambda: jitted(
+        eqi.Broyden(**TOL), KRYLOV, specs=(COLUMNS, COLUMNS)
+    ),
+    "explicit, rows, AutoFixedPoint, AutoLinearSolver": lambda: explicit(
+        eqi.AutoFixedPoint(**TOL), eqi.AutoLinearSolver(rtol=1e-12)
+    ),
+    "shard_map, rows, AutoFixedPoint, AutoLinearSolver": lambda: mapped(
+        eqi.AutoFixedPoint(**TOL), eqi.AutoLinearSolver(rtol=1e-12)
+    ),
+}
+
+
+def main():
+    report = {"cases": {name: case() for name, case in CASES.items()}}
+    report["direct"] = jitted(PICARD, eqi.AutoLinearSolver(fallback_size=4096))
+    report["two_devices"] = jitted(eqi.Anderson(**TOL), KRYLOV, devices=2)
+    report["waiting"] = waiting()
+    report["host_calls"] = {str(t): host_calls(t) for t in (False, True)}
+    print(json.dumps(report))
+
+
+def table():
+    solvers = {
+        "Picard": PICARD,
+        "Anderson": eqi.Anderson(**TOL),
+        "Broyden": eqi.Broyden(**TOL),
+        "AutoFixedPoint": eqi.AutoFixedPoint(**TOL),
+    }
+    for name, solver in solvers.items():
+        for devices in (1, 2, 4, 8):
+            out = jitted(solver, KRYLOV, devices=devices)
+            print(name, devices, json.dumps(out["loops"]), flush=True)
+
+
+def configure():
+    flags = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    assert jax.device_count() == 8
+
+
+if __name__ == "__main__":
+    configure()
+    table() if sys.argv[1:] == ["table"] else main()
