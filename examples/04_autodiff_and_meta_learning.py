@@ -136,7 +136,7 @@ left.set(
     xlabel="x (dimensionless)",
     ylabel="dimensionless",
     title="The inverse of a cubic, and its derivatives",
-    ylim=(-3, 4),
+    ylim=(-1, 2.5),
 )
 left.legend()
 shown = right.imshow(
@@ -215,7 +215,7 @@ def meta_loss(net, tasks, adapted):
     return jnp.mean(losses)
 
 
-def meta_train(adapted, steps=400):
+def meta_train(adapted, steps=300):
     k1, k2 = jax.random.split(jax.random.key(1))
     net = Features(eqx.nn.Linear(1, 24, key=k1), eqx.nn.Linear(24, 1, key=k2))
     optimiser = optax.adam(1e-2)
