@@ -70,6 +70,15 @@ def _judged(outcome: Outcome, residual_tol: float | None) -> Outcome:
     return Outcome(outcome.y, outcome.aux, result, trusted, outcome.stats)
 
 
+def _if_like(y0: Any, y: Any) -> Any:
+    """The guess if it is a state like `y`; a bare callable may be given anything."""
+    return y0 if eqx.tree_equal(_structure(y0), _structure(y)) is True else None
+
+
+def _structure(tree: Any) -> Any:
+    return eqx.filter_eval_shape(lambda: tree)
+
+
 class ImplicitAdjoint(AbstractAdjoint):
     r"""The implicit function theorem at the solution that the solver returned.
 
@@ -108,6 +117,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             options=self.options,
             aux=outcome.aux,
             trusted=outcome.trusted,
+            elsewhere=_if_like(detached.y0, outcome.y),
         )
         return eqx.tree_at(lambda o: o.y, outcome, y)
 

@@ -25,7 +25,15 @@ from jaxtyping import Array, Bool
 from ._condition import AbstractCondition, hoist, Root
 from ._custom_types import PyTree
 from ._linear import differentiable_linear_solve, LinearRule
-from ._state import as_arrays, as_state, from_real, real_dtype, stop_gradient, to_real
+from ._state import (
+    as_arrays,
+    as_state,
+    from_real,
+    real_dtype,
+    select,
+    stop_gradient,
+    to_real,
+)
 from .linear_solvers import AutoLinearSolver
 
 Y = TypeVar("Y")
@@ -73,6 +81,16 @@ class _Attachment(eqx.Module):
     theta: tuple[AbstractCondition[Any, Any], Any]
     aux: Any
     rule: LinearRule
+    elsewhere: Any
+
+    def base(self, y: Any) -> Any:
+        """Where to linearise: at `y`, or elsewhere if `y` is not to be trusted.
+
+        A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
+        """
+        if self.elsewhere is None:
+            return y
+        return select(self.rule.trusted, y, self.elsewhere)
 
     def residual(self, y: Any, theta: tuple[AbstractCondition[Any, Any], Any]) -> Any:
         condition, args = theta
@@ -102,9 +120,10 @@ def _attach_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     _, t_attachment = tangents  # y is the solver's: its own tangent is zero
     y = _attach(y, attachment)  # y* moves with θ, so that higher derivatives are right
     theta, t_theta = attachment.theta, t_attachment.theta
-    t_residual = _theta_tangent(lambda th: attachment.residual(y, th), theta, t_theta)
+    at = attachment.base(y)
+    t_residual = _theta_tangent(lambda th: attachment.residual(at, th), theta, t_theta)
     t_y = _state_tangent(
-        lambda y: attachment.residual(y, theta), y, t_residual, attachment.rule
+        lambda y: attachment.residual(y, theta), at, t_residual, attachment.rule
     )
     return y, t_y
 
@@ -134,6 +153,7 @@ def implicit_solution(
     options: dict[str, Any] | None = None,
     aux: Any = None,
     trusted: Bool[Array, ""] | bool = True,
+    elsewhere: Y | None = None,
 ) -> Y:
     r"""Returns `y` bit for bit, with the derivative of the solution of `condition`.
 
@@ -156,6 +176,9 @@ def implicit_solution(
     - `options`: run-time options of the linear solver, such as a preconditioner.
     - `aux`: auxiliary output for a condition with `takes_aux`; not differentiated.
     - `trusted`: bool, shape `()`. Where false, the derivative is NaN.
+    - `elsewhere`: a state like `y` at which the condition is finite, the initial guess
+        say. Used instead of a `y` that is not trusted, so that a choice between `y` and
+        a default can be differentiated even if `y` is NaN.
 
     **Returns:** `y`, with the same structure, shapes and dtypes.
 
@@ -172,7 +195,8 @@ def implicit_solution(
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
-    return _attach(y, _Attachment(as_arrays((hoisted, args)), aux, rule))
+    theta = as_arrays((hoisted, args))
+    return _attach(y, _Attachment(theta, aux, rule, stop_gradient(elsewhere)))
 
 
 def root_jvp(
