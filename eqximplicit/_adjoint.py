@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
+import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 from jaxtyping import Array
@@ -72,11 +73,13 @@ def _judged(outcome: Outcome, residual_tol: float | None) -> Outcome:
 
 def _if_like(y0: Any, y: Any) -> Any:
     """The guess if it is a state like `y`; a bare callable may be given anything."""
-    return y0 if eqx.tree_equal(_structure(y0), _structure(y)) is True else None
+    return y0 if _structure(y0) == _structure(y) else None
 
 
 def _structure(tree: Any) -> Any:
-    return eqx.filter_eval_shape(lambda: tree)
+    leaves, structure = jtu.tree_flatten(tree)
+    arrays = map(eqx.is_array, leaves)
+    return [(x.shape, x.dtype) for x in leaves] if all(arrays) else None, structure
 
 
 class ImplicitAdjoint(AbstractAdjoint):

@@ -49,7 +49,7 @@ def _as_state_leaf(path: tuple[Any, ...], leaf: Any) -> Array:
         )
     array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.inexact):
-        return array
+        return jnp.asarray(array, array.dtype)  # a weak type would not survive a loop
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(jnp.result_type(float))
     raise ValueError(
