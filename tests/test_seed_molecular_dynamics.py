@@ -233,7 +233,8 @@ class PairSystem:
         return NeighbourList(pairs, positions, overflowed, capacity, self.reach)
 
     def allocate(self, positions):
-        return self.build(positions, int(jnp.sum(self.near(positions))))
+        count = int(jnp.sum(self.near(positions)))
+        return self.build(positions, count + count // 4)
 
     def update(self, positions, neighbours):
         """The list at `positions`; the old one where nobody has moved far."""
