@@ -37,16 +37,34 @@ class LinearRule(eqx.Module):
     trusted: Bool[Array, ""]
 
 
-def _checked_compute(
+def _solved(
     rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
-) -> PyTree[Array]:
-    # A zero right-hand side has the solution zero whatever the operator is. Krylov
-    # solvers divide by its norm, and a lane that nobody asks about must stay zero.
+) -> tuple[PyTree[Array], Bool[Array, ""], Bool[Array, ""]]:
+    """The solution, NaN where it failed; whether `b` is not zero, and `A` is regular.
+
+    Where `b` is zero the solution is zero: Krylov solvers divide by its norm.
+    """
     solution, result, _ = rule.solver.compute(state, vector, options)
     asked, finite = nonzero_and_finite(vector, solution)
     ok = finite & rule.trusted & is_successful(result)
-    checked = select(ok, solution, filled(solution, jnp.nan))
-    return select(asked, checked, filled(solution, 0))
+    regular = jnp.asarray(result != lx.RESULTS.singular) & rule.trusted
+    return select(ok, solution, filled(solution, jnp.nan)), asked, regular
+
+
+def _tangent(
+    rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
+) -> PyTree[Array]:
+    # At a double root ∂F/∂θ is zero together with ∂F/∂y: that zero says nothing.
+    solution, asked, regular = _solved(rule, state, options, vector)
+    return select(asked | ~regular, solution, filled(solution, 0))
+
+
+def _cotangent(
+    rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
+) -> PyTree[Array]:
+    # A zero cotangent is a lane that nobody asks about, and it must stay zero.
+    solution, asked, _ = _solved(rule, state, options, vector)
+    return select(asked, solution, filled(solution, 0))
 
 
 def _joined(tree: PyTree[Array]) -> PyTree[Array]:
@@ -76,8 +94,9 @@ def differentiable_linear_solve(
     - `vector`: the right-hand side `b`.
     - `rule`: the linear solver, its options, the tags of `A`, and whether to trust it.
 
-    **Returns:** `x`, structured as `vector`. All NaN where `b` is not zero and the
-    solver failed, the solution is not finite, or `rule.trusted` is false.
+    **Returns:** `x`, structured as `vector`. All NaN where the solver failed, the
+    solution is not finite, or `rule.trusted` is false. A zero `b` is answered by zero:
+    always in the transposed solve, in the forward one unless the operator is singular.
     """
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
@@ -87,16 +106,15 @@ def differentiable_linear_solve(
     state = stop_gradient(rule.solver.init(frozen, rule.options))
 
     def solve(_: Any, b: PyTree[Array]) -> PyTree[Array]:
-        return _checked_compute(rule, state, rule.options, b)
+        return _tangent(rule, state, rule.options, b)
 
     def transpose_solve(_: Any, b: PyTree[Array]) -> PyTree[Array]:
         transposed, options = rule.solver.transpose(state, rule.options)
-        return _checked_compute(rule, transposed, options, b)
+        return _cotangent(rule, transposed, options, b)
 
     return jax.lax.custom_linear_solve(
         lambda x: _joined(operator.mv(_joined(x))),
         _joined(vector),
         solve,
         transpose_solve,
-        symmetric=lx.is_symmetric(operator),
     )

@@ -108,9 +108,12 @@ class AutoLinearSolver(lx.AbstractLinearSolver[AutoState]):
         return Selection(solver, self._krylov_words(operator, kind, n, small))
 
     def _by_structure(self, operator: lx.AbstractLinearOperator) -> Selection | None:
+        if operator.in_size() == 1:
+            return None  # lineax calls it diagonal; the closed form knows a zero
         if lx.is_diagonal(operator):
             return Selection(
-                Checked(lx.Diagonal(well_posed=True)), "tagged diagonal: division"
+                Checked(lx.Diagonal(well_posed=True), probe=True),
+                "tagged diagonal: division",
             )
         if lx.is_tridiagonal(operator):
             return Selection(

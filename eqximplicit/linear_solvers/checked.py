@@ -86,8 +86,7 @@ class Checked(lx.AbstractLinearSolver[CheckedState]):
         x, result, own = measured(x, vector, r_norm, rtol=rtol)
         good = (result == lx.RESULTS.successful) & (norm(vector) > 0)
         result = lx.RESULTS.where(good, claimed, result)
-        unsolvable = ~state.regular & (norm(vector) > 0)
-        result = lx.RESULTS.where(unsolvable, lx.RESULTS.singular, result)
+        result = lx.RESULTS.where(state.regular, result, lx.RESULTS.singular)
         return x, result, {**stats, **own}
 
     def transpose(

@@ -147,8 +147,7 @@ class DirectLU(lx.AbstractLinearSolver[LUState]):
         limit = residual_limit(epsilon(vector))
         r_norm = norm(b - _matvec(matrix, x))
         _, result, stats = measured(x, b, r_norm, rtol=limit)
-        unsolvable = ~state.regular & (norm(b) > 0)
-        result = lx.RESULTS.where(unsolvable, lx.RESULTS.singular, result)
+        result = lx.RESULTS.where(state.regular, result, lx.RESULTS.singular)
         return unravel(x), result, stats
 
     def transpose(
@@ -233,6 +232,10 @@ class DirectSymmetric(lx.AbstractLinearSolver[SymmetricState]):
             )
         sign = -1 if lx.is_negative_semidefinite(operator) else 1
         matrix = sign * materialised(operator, self.max_bytes, "DirectSymmetric")
+        # A false tag would make reverse mode use the matrix for its transpose.
+        skew, size = jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))
+        tolerance = consistency_limit(epsilon(structure(operator)))
+        matrix = jnp.where(skew <= tolerance * size, matrix, jnp.nan)
         factor, health = _definite_factor(matrix)
         # Ten times the limit: the health of a pivot is only an upper bound.
         regular = health > 10 * max(limit, rcond)
