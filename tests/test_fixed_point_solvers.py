@@ -21,15 +21,50 @@ from eqximplicit.solvers.broyden import Broyden
 
 TOL = 1e-8  # the tolerance of the table, in absolute terms for both sides
 BY_NAME = {p.name: p for p in MAPS}
+slow = pytest.mark.slow
+# Far below SciPy's evaluations, or like another: left to the slow session.
+EASY = {
+    "contractive (Kepler)",
+    "DEQ cell (norm 1.5)",
+    "PageRank",
+    "Markov chain",
+    "Sinkhorn",
+    "EM (mixture)",
+}
+EVERY_MAP = [
+    pytest.param(p.name, marks=slow if p.name in EASY else (), id=p.name) for p in MAPS
+]
 SOLVERS = {
     "auto": AutoFixedPoint(rtol=1e-11, atol=1e-11),
     "anderson": Anderson(rtol=1e-11, atol=1e-11),
     "good": Broyden(rtol=1e-11, atol=1e-11),
     "bad": Broyden(rtol=1e-11, atol=1e-11, update="bad"),
 }
-# The bad update shares all code with the good one but a line.
-each_method = pytest.mark.parametrize("solver", ["auto", "anderson", "good"])
-each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+# What shares nearly all code with another is left to the slow session.
+each_method = pytest.mark.parametrize(
+    "solver", ["auto", pytest.param("anderson", marks=slow), "good"]
+)
+each_solver = pytest.mark.parametrize(
+    "solver",
+    ["auto", *(pytest.param(name, marks=slow) for name in ("anderson", "good", "bad"))],
+)
+# The evaluations of `scipy.optimize.anderson` (1.17) for the same tolerance.
+SCIPY = {
+    "contractive (Kepler)": 28,
+    "slow (rate 0.99)": 751,
+    "expansive (logistic)": 11,
+    "repelling (exp)": 15,
+    "DEQ cell (norm 1.5)": 55,
+    "SCF": 14,
+    "implicit Euler": 9,
+    "PageRank": 186,
+    "Markov chain": 97,
+    "Chandrasekhar H": 16,
+    "Sinkhorn": 13,
+    "value iteration (0.99)": 114,
+    "EM (mixture)": 31,
+    "Riccati": 124,
+}
 
 
 def solve(p: FixedPointMap, solver, dtype=jnp.float64, max_steps: int = 256):
@@ -67,16 +102,26 @@ def scipy_evaluations(p: FixedPointMap) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", EVERY_MAP)
 def test_every_map_is_solved_in_no_more_evaluations_than_scipy(name):
     sol = auto_solution(name)
     assert sol.result == optx.RESULTS.successful
     assert sol.stats["result"] == RESULTS.successful
     assert residual_norm(BY_NAME[name], sol.value) < TOL
-    assert int(sol.stats["num_steps"]) <= scipy_evaluations(BY_NAME[name])
+    assert int(sol.stats["num_steps"]) <= SCIPY[name]
 
 
-@pytest.mark.parametrize("name", [p.name for p in MAPS if p.solution is not None])
+@pytest.mark.parametrize(
+    "name", ["SCF", *(pytest.param(name, marks=slow) for name in SCIPY)]
+)
+def test_the_table_of_scipy_is_what_scipy_does(name):
+    # Rounding differs between machines.
+    np.testing.assert_allclose(scipy_evaluations(BY_NAME[name]), SCIPY[name], rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", [p for p in EVERY_MAP if BY_NAME[str(p.id)].solution is not None]
+)
 def test_error_is_the_tolerance_asked_for(name):
     # The estimate is one: a factor of 2 is left to it. At rate 0.99 a residual at
     # the tolerance would be an error of 100 times the tolerance.
@@ -98,14 +143,21 @@ def test_chandrasekhar_has_the_published_moment():
     np.testing.assert_allclose(weights @ h, moment, rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["slow (rate 0.99)", "SCF", "value iteration (0.99)"])
+@pytest.mark.parametrize("name", ["slow (rate 0.99)", pytest.param("SCF", marks=slow)])
 def test_float32_reaches_1e_5_and_says_so(name):
     p = BY_NAME[name]
-    sol = solve(p, AutoFixedPoint(rtol=1e-5, atol=1e-5), jnp.float32)
+    sol = solve(p, AutoFixedPoint(), jnp.float32)
     assert sol.result == optx.RESULTS.successful
     assert sol.value.dtype == jnp.float32
     size = 1 + float(jnp.max(jnp.abs(sol.value)))
     assert residual_norm(p, sol.value, jnp.float32) < 1e-5 * size
+
+
+def test_default_tolerance_is_what_the_dtype_can_reach():
+    y0 = jnp.array([1.0])
+    for kind in (Anderson, AutoFixedPoint, Broyden):
+        sol = optx.fixed_point(lambda y, args: jnp.cos(y), kind(), y0)
+        np.testing.assert_allclose(sol.value, 0.7390851332151607, rtol=0, atol=2e-8)
 
 
 def test_host_function_is_solved_and_counted():
@@ -148,6 +200,7 @@ def test_rescue_solves_what_anderson_does_not():
 
 @each_solver
 def test_gradients_agree_with_the_closed_form_however_they_are_taken(solver):
+    solver = SOLVERS[solver]
     p = kepler()
     y0, args = cast(p.y0, jnp.float64), cast(p.args, jnp.float64)
 
@@ -155,7 +208,7 @@ def test_gradients_agree_with_the_closed_form_however_they_are_taken(solver):
     def gradient(e, adjoint):
         def loss(e):
             sol = optx.fixed_point(
-                p.fn, solver, y0, args | {"e": e}, adjoint=adjoint, max_steps=64
+                p.fn, solver, y0, args | {"e": e}, adjoint=adjoint, max_steps=32
             )
             return jnp.sum(sol.value)
 
@@ -293,7 +346,7 @@ def test_anderson_of_window_one_is_the_secant_method():
     np.testing.assert_allclose(sol.value, y, rtol=1e-12)
 
 
-@pytest.mark.parametrize("mixing", [1.0, 0.3, -0.5])
+@pytest.mark.parametrize("mixing", [1.0, -0.5])
 def test_anderson_solves_a_linear_map_in_as_many_steps_as_unknowns(mixing):
     matrix = np.random.default_rng(1).normal(size=(4, 4))
     b = np.arange(4.0)
@@ -308,8 +361,7 @@ def test_anderson_solves_a_linear_map_in_as_many_steps_as_unknowns(mixing):
     np.testing.assert_allclose(sol.value, np.linalg.solve(np.eye(4) - matrix, b))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("update", ["good", "bad"])
+@pytest.mark.parametrize(("sign", "update"), [(1, "good"), (-1, "bad")])
 def test_broyden_finds_roots_of_either_sign(sign, update):
     def fn(y, args):  # Kelley's example: the root is (1, 1).
         a, b = y["a"], y["b"]

@@ -16,7 +16,7 @@ def default_solver(
 ) -> optx.AbstractIterativeSolver[Any, Any, Any, Any]:
     """The solver that needs no tuning and reports failure honestly."""
     if isinstance(condition, FixedPoint):
-        return AutoFixedPoint(rtol=1e-8, atol=1e-8)
+        return AutoFixedPoint()
     if isinstance(condition, Minimum):
         return AutoMinimiser()
     if isinstance(condition, LeastSquares):

@@ -7,18 +7,20 @@ Complex leaves are vectors over the reals: $\operatorname{Re} a^* b$.
 """
 
 import functools as ft
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from . import _vector_space as vs
 
 Y = TypeVar("Y")
 _EXACT = jax.lax.Precision.HIGHEST
+_SMALL = 2**12  # entries; a sum of products compiles in half the time of a dot
 
 
 def stack_of(y: Y, window: int) -> Y:
@@ -26,14 +28,11 @@ def stack_of(y: Y, window: int) -> Y:
     return jtu.tree_map(lambda yi: jnp.zeros((window, *yi.shape), yi.dtype), y)
 
 
-def put(stack: Y, slot: Int[Array, ""], y: Y, when: Bool[Array, ""]) -> Y:
-    """Returns the stack with `y` in place of entry `slot`, where `when`."""
-
-    def leaf(s: Array, yi: Array) -> Array:
-        old = jax.lax.dynamic_index_in_dim(s, slot, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(s, jnp.where(when, yi, old), slot, 0)
-
-    return jtu.tree_map(leaf, stack, y)
+def put(stack: Y, slot: Int[Array, ""], y: Y) -> Y:
+    """Returns the stack with `y` in place of entry `slot`."""
+    return jtu.tree_map(
+        lambda s, yi: jax.lax.dynamic_update_index_in_dim(s, yi, slot, 0), stack, y
+    )
 
 
 def take(stack: Y, slot: Int[Array, ""]) -> Y:
@@ -43,10 +42,13 @@ def take(stack: Y, slot: Int[Array, ""]) -> Y:
     )
 
 
-def dots(stack: Y, y: Y, dtype: jnp.dtype) -> Float[Array, " window"]:
+def dots(stack: Y, y: Y, dtype: jnp.dtype) -> Float[Array, " slots"]:
     """Returns the real inner products of all entries of the stack with `y`."""
 
     def leaf(s: Array, yi: Array) -> Array:
+        if s.size <= _SMALL:
+            product = jnp.real(jnp.conj(s) * yi[None])
+            return jnp.sum(product, axis=tuple(range(1, s.ndim))).astype(dtype)
         axes = (list(range(1, s.ndim)), list(range(yi.ndim)))
         product = jnp.tensordot(jnp.conj(s), yi, axes, precision=_EXACT)
         return jnp.real(product).astype(dtype)
@@ -54,10 +56,13 @@ def dots(stack: Y, y: Y, dtype: jnp.dtype) -> Float[Array, " window"]:
     return ft.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(leaf, stack, y)))
 
 
-def combine(coefficients: Float[Array, " window"], stack: Y) -> Y:
+def combine(coefficients: Float[Array, " slots"], stack: Y) -> Y:
     """Returns the sum of the stack's entries, weighted by the coefficients."""
 
     def leaf(s: Array) -> Array:
+        if s.size <= _SMALL:
+            weights = coefficients.astype(s.dtype)
+            return jnp.sum(weights.reshape(-1, *[1] * (s.ndim - 1)) * s, axis=0)
         return jnp.tensordot(coefficients.astype(s.dtype), s, 1, precision=_EXACT)
 
     return jtu.tree_map(leaf, stack)
@@ -66,143 +71,207 @@ def combine(coefficients: Float[Array, " window"], stack: Y) -> Y:
 class History(eqx.Module, Generic[Y]):
     """A ring buffer of secant pairs.
 
+    There is one slot more than pairs: it takes the pairs that are not kept, so that a
+    push is one write in place. Slots are told apart by comparison with their number,
+    not by indexing, which would compile to a scatter.
+
     **Attributes:**
 
-    - `dy`, `dr`: the pairs; leaves of shape `(window, *leaf.shape)`.
-    - `gram`: real inner products of the entries of `dr`, shape `(window, window)`.
+    - `dy`, `dr`: the pairs; leaves of shape `(slots, *leaf.shape)`.
+    - `gram`: real inner products of the entries of `dr`, shape `(slots, slots)`.
+    - `squares`: its diagonal, shape `(slots,)`.
     - `distance`: length of the path from each pair to the present point, shape
-        `(window,)`. A secant is a derivative at some distance.
-    - `count`: number of pairs pushed since the last restart.
+        `(slots,)`. A secant is a derivative at some distance.
+    - `used`: number of slots in use, a real number, shape `()`.
+    - `newest`: the slot of the last pair, a real number, shape `()`.
     """
 
     dy: Y
     dr: Y
-    gram: Float[Array, "window window"]
-    distance: Float[Array, " window"]
-    count: Int[Array, ""]
+    gram: Float[Array, "slots slots"]
+    squares: Float[Array, " slots"]
+    distance: Float[Array, " slots"]
+    used: Float[Array, ""]
+    newest: Float[Array, ""]
 
     @property
     def window(self) -> int:
-        return self.distance.size
+        return self.distance.size - 1
 
     @property
-    def used(self) -> Bool[Array, " window"]:
-        """Which slots hold a pair."""
-        return jnp.arange(self.window, dtype=self.count.dtype) < self.count
+    def slots(self) -> Float[Array, " slots"]:
+        """The numbers of the slots."""
+        return jnp.asarray(np.arange(self.window + 1), self.used.dtype)
 
     @property
-    def filled(self) -> Bool[Array, " window"]:
+    def filled(self) -> Bool[Array, " slots"]:
         """Which slots hold a pair that changes the residual at all."""
-        return self.used & (jax.lax.stop_gradient(jnp.diagonal(self.gram)) > 0)
+        return (self.slots < self.used) & (self.squares > 0)
 
     @property
-    def newest(self) -> Int[Array, ""]:
-        """The slot of the last pair."""
-        return jnp.mod(self.count - 1, self.window)
-
-    @property
-    def lengths(self) -> Float[Array, " window"]:
+    def lengths(self) -> Float[Array, " slots"]:
         """The lengths of the entries of `dr`; 1 where there is none."""
-        square = jax.lax.stop_gradient(jnp.diagonal(self.gram))
-        return jnp.sqrt(jnp.where(self.filled, square, 1))
+        return jnp.sqrt(jnp.where(self.filled, self.squares, 1))
+
+
+class Pair(eqx.Module, Generic[Y]):
+    """A secant pair, and its lengths in `dr` and `dy`."""
+
+    dy: Y
+    dr: Y
+    change: Float[Array, ""]
+    distance: Float[Array, ""]
 
 
 def empty(y: Y, window: int) -> History[Y]:
     """Returns a history without pairs. A pair per degree of freedom is enough."""
     parts = 2 if vs.has_complex(y) else 1
-    window, dtype = min(window, max(1, parts * vs.size(y))), vs.real_dtype(y)
+    slots = min(window, max(1, parts * vs.size(y))) + 1
+    none = jnp.zeros(slots, vs.real_dtype(y))
     return History(
-        dy=stack_of(y, window),
-        dr=stack_of(y, window),
-        gram=jnp.zeros((window, window), dtype),
-        distance=jnp.zeros(window, dtype),
-        count=jnp.zeros((), jnp.int32),
+        dy=stack_of(y, slots),
+        dr=stack_of(y, slots),
+        gram=jnp.zeros((slots, slots), none.dtype),
+        squares=none,
+        distance=none,
+        used=jnp.zeros((), none.dtype),
+        newest=jnp.zeros((), none.dtype),
     )
 
 
-def restart(history: History[Y], when: Bool[Array, ""]) -> History[Y]:
-    """Returns the history, forgotten where `when`."""
-    return eqx.tree_at(lambda h: h.count, history, jnp.where(when, 0, history.count))
+def cross(history: History[Y], pair: Pair[Y]) -> Float[Array, " slots"]:
+    """Returns the inner products of the entries of `dr` with that of a new pair."""
+    return jax.lax.stop_gradient(dots(history.dr, pair.dr, history.gram.dtype))
 
 
-def moved(history: History[Y], by: Float[Array, ""]) -> History[Y]:
-    """Returns the history as seen from a point that is `by` further away."""
-    return eqx.tree_at(lambda h: h.distance, history, history.distance + by)
+class Turn(eqx.Module):
+    """Where a new pair goes: all real numbers, so that they fit in a solver's own.
 
-
-def push(history: History[Y], dy: Y, dr: Y, when: Bool[Array, ""]) -> History[Y]:
-    """Returns the history with one pair more; the oldest gives way."""
-    slot, dtype = jnp.mod(history.count, history.window), history.gram.dtype
-    stack = put(history.dr, slot, dr, when)
-    row = jnp.where(when, dots(stack, dr, dtype), history.gram[slot])
-    far = jnp.where(
-        when, jax.lax.stop_gradient(vs.length(dy, dtype)), history.distance[slot]
-    )
-    return History(
-        dy=put(history.dy, slot, dy, when),
-        dr=stack,
-        gram=history.gram.at[slot, :].set(row).at[:, slot].set(row),
-        distance=history.distance.at[slot].set(far),
-        count=history.count + when.astype(history.count.dtype),
-    )
-
-
-class Normal(eqx.Module):
-    """The normal equations of a fit, with columns of unit length.
-
-    `gram` has ones on its diagonal; a slot without a pair is an empty row and column.
+    `slot` is its slot; `used` and `newest` are those of the history that contains it.
     """
 
-    gram: Float[Array, "window window"]
-    lengths: Float[Array, " window"]
-    filled: Bool[Array, " window"]
-    floor: float = eqx.field(static=True)
-
-    def factor(self, penalty: Float[Array, " window"]) -> Float[Array, "window window"]:
-        """Returns the Cholesky factor of `gram + diag(penalty) + floor I`."""
-        ridge = jnp.where(self.filled, penalty + self.floor, 1.0)
-        return jnp.linalg.cholesky(self.gram + jnp.diag(ridge))
+    slot: Array
+    used: Array
+    newest: Array
 
 
-def normal_equations(history: History[Any], eps: float) -> Normal:
-    """Returns the normal equations; `eps` is the resolution of the coarsest leaf."""
-    keep, lengths = history.filled, history.lengths
-    outer = lengths[:, None] * lengths[None, :]
-    both = keep[:, None] & keep[None, :]
-    gram = jnp.where(both, history.gram, 0) / outer
-    return Normal(gram, lengths, keep, 10.0 * history.window * eps)
+def turn(used: Array, newest: Array, window: int, keep: Array, forget: Array) -> Turn:
+    """Returns where the next pair goes.
+
+    **Arguments:** `used`, `newest` and `window` of the history; whether the pair is
+    kept; and whether the whole history is forgotten after that.
+    """
+    following = jnp.where(newest + 1 < window, newest + 1, 0)
+    following = jnp.where(used > 0, following, 0)
+    slot = jnp.where(keep, following, window)
+    used = jnp.where(keep, jnp.minimum(used + 1, window), used)
+    newest = jnp.where(keep, following, newest)
+    return Turn(slot, jnp.where(forget, 0, used), newest)
+
+
+def push(
+    history: History[Y],
+    pair: Pair[Y],
+    cross: Float[Array, " slots"],
+    turn: Turn,
+    moved: Float[Array, ""],
+) -> History[Y]:
+    """Returns the history with one pair more; the oldest gives way.
+
+    **Arguments:** the history; the pair and its `cross` products with the history;
+    where it goes; and how far the present point has `moved`, which adds to the
+    distance of the other pairs.
+    """
+    here, slot = history.slots == turn.slot, turn.slot.astype(jnp.int32)
+    square = pair.change**2
+    row = jnp.where(here, square, cross)
+    old = jnp.where(here[None, :], row[:, None], history.gram)
+    return History(
+        dy=put(history.dy, slot, pair.dy),
+        dr=put(history.dr, slot, pair.dr),
+        gram=jnp.where(here[:, None], row[None, :], old),
+        squares=jnp.where(here, square, history.squares),
+        distance=jnp.where(here, pair.distance, history.distance + moved),
+        used=turn.used,
+        newest=turn.newest,
+    )
+
+
+class Fit(eqx.Module, Generic[Y]):
+    """A residual in terms of the history.
+
+    **Attributes:**
+
+    - `coefficients`: of the pairs, shape `(slots,)`.
+    - `weights`: the same times the lengths of the entries of `dr`.
+    - `explained`: the inner products of the explained part with the entries of `dr`,
+        scaled to unit length.
+    - `rest`: what the pairs leave, as one entry of `history.dr`.
+    - `factor`: the Cholesky factor of the normal equations without the penalty.
+    """
+
+    coefficients: Float[Array, " slots"]
+    weights: Float[Array, " slots"]
+    explained: Float[Array, " slots"]
+    rest: Y
+    factor: Float[Array, "slots slots"]
+
+
+def half_solve(
+    factor: Float[Array, "slots slots"], b: Float[Array, " slots"]
+) -> Float[Array, " slots"]:
+    """Returns the solution of a lower triangular system."""
+    return jax.lax.linalg.triangular_solve(
+        factor, b[:, None], left_side=True, lower=True
+    )[:, 0]
 
 
 def fit(
-    history: History[Y], normal: Normal, r: Y, penalty: Float[Array, " window"]
-) -> tuple[Float[Array, " window"], Y]:
+    history: History[Y],
+    r: Y,
+    penalty: Float[Array, " slots"],
+    filled: Bool[Array, " slots"],
+) -> Fit[Y]:
     r"""Returns the coefficients of a residual in the history, and what they leave.
 
     Minimises $\|r - \Delta R\, \gamma\|^2 + \sum_i p_i (\|\Delta r_i\| \gamma_i)^2$ by
     the corrected seminormal equations (Björck, Linear Algebra Appl. 88/89, 1987): the
     Cholesky factor carries a ridge at the level of rounding, and a second solve with
     the remainder computed from the pairs themselves takes that ridge out again. A
-    history whose pairs depend on each other is therefore harmless, also to derivatives.
+    history whose pairs depend on each other is therefore harmless. The second solve is
+    also a Newton step for the minimum, so it has the right derivative although the
+    factor has none.
 
     **Arguments:**
 
-    - `history`, `normal`: the pairs, and `normal_equations(history, eps)`.
+    - `history`: the pairs.
     - `r`: the residual, as one entry of `history.dr`.
-    - `penalty`: how little each pair is believed, shape `(window,)`; 0 is fully.
-
-    **Returns:** the coefficients, shape `(window,)`, and `r - combine(..., dr)`.
+    - `penalty`: how little each pair is believed, shape `(slots,)`; 0 is fully.
+    - `filled`: which of the filled slots take part.
     """
-    dtype = history.gram.dtype
+    dtype, lengths = history.gram.dtype, history.lengths
+    floor = 10.0 * history.window * vs.resolution(r)
+    both = filled[:, None] & filled[None, :]
+    gram = jnp.where(both, history.gram / (lengths[:, None] * lengths[None, :]), 0)
+    ridge = vs.in_one([penalty, jnp.zeros_like(penalty)]) + floor
+    ridge = jnp.where(filled[None, :], ridge, 1)
+    eye = np.eye(filled.size, dtype=bool)[None]
+    grams = jax.lax.stop_gradient(gram[None] + jnp.where(eye, ridge[:, :, None], 0))
+    factor, free = vs.apart(jax.lax.linalg.cholesky(grams, symmetrize_input=False))
 
-    def remainder(x: Float[Array, " window"]) -> Y:
-        return vs.minus(r, combine(x / normal.lengths, history.dr))
+    def solve(b: Float[Array, " slots"]) -> Float[Array, " slots"]:
+        half = half_solve(factor, b)[:, None]
+        return jax.lax.linalg.triangular_solve(
+            factor, half, left_side=True, lower=True, transpose_a=True
+        )[:, 0]
 
-    def slope(rest: Y) -> Float[Array, " window"]:
-        b = dots(history.dr, rest, dtype) / normal.lengths
-        return jnp.where(normal.filled, b, 0)
+    def slope(rest: Y) -> Float[Array, " slots"]:
+        return jnp.where(filled, dots(history.dr, rest, dtype) / lengths, 0)
 
-    factor = (normal.factor(penalty), True)
-    x = jax.scipy.linalg.cho_solve(factor, slope(r))
-    rest = slope(remainder(x)) - penalty * x
-    x = x + jax.scipy.linalg.cho_solve(factor, rest)
-    return x / normal.lengths, remainder(x)
+    b = slope(r)
+    x = solve(b)
+    rest = vs.minus(r, combine(x / lengths, history.dr))
+    x = x + solve(slope(rest) - penalty * x)
+    gamma = x / lengths
+    rest = vs.minus(r, combine(gamma, history.dr))
+    return Fit(gamma, x, b - penalty * x, rest, free)

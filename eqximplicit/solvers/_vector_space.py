@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ def length(x: Any, dtype: jnp.dtype) -> Float[Array, ""]:
     return jnp.sqrt(dot(x, x, dtype))
 
 
-def in_one(scalars: Sequence[Array]) -> Float[Array, " n"]:
+def in_one(scalars: Sequence[Array]) -> Array:
     """Returns the scalars (or arrays of one shape) along a leading axis.
 
     As `jnp.stack`, but elementwise: XLA compiles all that leads to the scalars into one
@@ -110,10 +111,10 @@ def in_one(scalars: Sequence[Array]) -> Float[Array, " n"]:
     """
     first, *others = scalars
     shape = (len(scalars), *first.shape)
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     out = jnp.broadcast_to(first, shape)
     for i, scalar in enumerate(others, 1):
-        out = jnp.where(index == i, jnp.broadcast_to(scalar, shape), out)
+        here = jax.lax.broadcast_in_dim(np.arange(shape[0]) == i, shape, (0,))
+        out = jax.lax.select(here, jnp.broadcast_to(scalar, shape), out)
     return out
 
 
@@ -124,8 +125,8 @@ def apart(stack: Array) -> list[Array]:
     ]
 
 
-def squares(xs: Sequence[Any], dtype: jnp.dtype) -> list[Float[Array, ""]]:
-    """Returns the squared lengths of vectors of one space, without derivatives."""
+def lengths(xs: Sequence[Any], dtype: jnp.dtype) -> list[Float[Array, ""]]:
+    """Returns the lengths of vectors of one space, without derivatives."""
 
     def leaf(*parts: Array) -> Array:
         stack = jax.lax.stop_gradient(in_one(parts))
@@ -133,7 +134,7 @@ def squares(xs: Sequence[Any], dtype: jnp.dtype) -> list[Float[Array, ""]]:
         return jnp.sum(jnp.real(jnp.conj(stack) * stack), axis=axes).astype(dtype)
 
     terms: list[Array] = jtu.tree_leaves(jtu.tree_map(leaf, *xs))
-    return apart(ft.reduce(jnp.add, terms, jnp.zeros(len(xs), dtype)))
+    return apart(jnp.sqrt(ft.reduce(jnp.add, terms, jnp.zeros(len(xs), dtype))))
 
 
 def norm_of(norm: Callable[[Any], Array], x: Any, dtype: jnp.dtype) -> Float[Array, ""]:

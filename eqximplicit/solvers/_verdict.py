@@ -1,7 +1,7 @@
 """When a fixed-point solve is over, and how: decided at the very point returned."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -124,6 +124,11 @@ class Tolerance(eqx.Module):
         ratios = jtu.tree_map(leaf, deviation, y)
         return jax.lax.stop_gradient(vs.norm_of(self.norm, ratios, dtype))
 
+    def measures(self, deviations: Sequence[Any], y: Any) -> list[Float[Array, ""]]:
+        """Returns `measure` of several deviations, in one reduction."""
+        stack = jtu.tree_map(lambda *leaves: vs.in_one(leaves), *deviations)
+        return vs.apart(jax.vmap(lambda d: self.measure(d, y))(stack))
+
     def amplification(self, dy: Any, dr: Any, y: Any) -> Float[Array, ""]:
         r"""Returns the error per residual, estimated from one secant pair.
 
@@ -147,6 +152,15 @@ class Tolerance(eqx.Module):
         return Best(point, aux, residual, error, floor)
 
 
+def tolerance(
+    rtol: float | None, atol: float | None, norm: Callable[[Any], Scalar], y: Any
+) -> Tolerance:
+    """Returns the unit for a state like `y`; `None` is what its leaves can reach."""
+    default = max(1e-8, 84 * vs.resolution(y))
+    rtol = default if rtol is None else rtol
+    return Tolerance(rtol, default if atol is None else atol, norm)
+
+
 def in_roundings(residual: Any, y: Any) -> Float[Array, ""]:
     """Returns the largest residual per rounding of the largest entry of its leaf."""
     dtype = vs.real_dtype(y)
@@ -154,8 +168,9 @@ def in_roundings(residual: Any, y: Any) -> Float[Array, ""]:
     def leaf(r: Array, yi: Array) -> Array:
         if r.size == 0:
             return jnp.zeros((), dtype)
-        rounding = float(jnp.finfo(yi.dtype).eps) * jnp.max(jnp.abs(yi))
-        worst = jnp.max(jnp.abs(r))
+        both = jnp.abs(vs.in_one([r, yi]))
+        worst, largest = vs.apart(jnp.max(both, axis=tuple(range(1, both.ndim))))
+        rounding = float(jnp.finfo(yi.dtype).eps) * largest
         ratio = worst / jnp.where(rounding > 0, rounding, 1)
         out = jnp.where(rounding > 0, ratio, jnp.where(worst > 0, jnp.inf, 0.0))
         return jax.lax.stop_gradient(out).astype(dtype)

@@ -19,7 +19,8 @@ class _State(eqx.Module, Generic[Y]):
     """The last accepted point, the best one, and the secant pairs between points.
 
     `size` scales the mixing after a rejection, `num_stale` counts steps since the last
-    better point, `amplification` is the error per residual.
+    better point and `num_pairs` pairs since the last restart, `amplification` is the
+    error per residual.
     """
 
     anchor: verdict.Point[Y]
@@ -28,6 +29,7 @@ class _State(eqx.Module, Generic[Y]):
     size: Float[Array, ""]
     amplification: Float[Array, ""]
     num_stale: Int[Array, ""]
+    num_pairs: Int[Array, ""]
     started: Bool[Array, ""]
     done: Bool[Array, ""]
     result: RESULTS
@@ -55,7 +57,8 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
 
     **Arguments:**
 
-    - `rtol`, `atol`: relative and absolute tolerance of the error of the solution.
+    - `rtol`, `atol`: relative and absolute tolerance of the error of the solution;
+        `None` stands for 1e-8 in float64 and for 1e-5 in float32.
     - `window`: the largest number of secant pairs kept: `2 * window` states of memory.
     - `mixing`: the factor $\beta$ (damping) of the residual that is left; in (0, 1] for
         a contraction, negative for a map that expands in every direction.
@@ -84,8 +87,8 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         iterations*, SIAM J. Numer. Anal. 49 (2011).
     """
 
-    rtol: float
-    atol: float
+    rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     window: int = 5
     mixing: float = 1.0
     ridge: float = 1e-12
@@ -133,6 +136,7 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
             size=one,
             amplification=one,
             num_stale=jnp.zeros((), jnp.int32),
+            num_pairs=jnp.zeros((), jnp.int32),
             started=jnp.array(False),
             done=jnp.array(False),
             result=RESULTS.successful,
@@ -184,9 +188,8 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         stats = verdict.statistics(state.best, state.result, result)
         return state.best.point.y, state.best.aux, stats
 
-    @property
-    def _tolerance(self) -> verdict.Tolerance:
-        return verdict.Tolerance(self.rtol, self.atol, self.norm)
+    def _tolerance(self, y: Y) -> verdict.Tolerance:
+        return verdict.tolerance(self.rtol, self.atol, self.norm, y)
 
     def _learn(
         self, state: _State[Y], point: verdict.Point[Y], aux: Any, finite: Array
@@ -196,15 +199,14 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         accepted = finite & (point.merit <= self.safeguard * best.point.merit)
         dy = vs.minus(point.y, anchor.y)
         dr = vs.minus(point.residual, anchor.residual)
-        full = state.history.count >= (self.restart or jnp.iinfo(jnp.int32).max)
-        history = hist.restart(state.history, full | ~accepted)
-        history = hist.push(history, dy, dr, accepted & started)
+        history, num_pairs = self._remembered(state, dy, dr, accepted)
 
-        amplification = self._tolerance.amplification(dy, dr, point.y)
+        tolerance = self._tolerance(point.y)
+        amplification = tolerance.amplification(dy, dr, point.y)
         amplification = jnp.maximum(amplification, verdict.FADE * state.amplification)
         amplification = jnp.where(started & accepted, amplification, 1)
         known = jnp.where(started, amplification, jnp.inf)
-        new = self._tolerance.judge(point, aux, known)
+        new = tolerance.judge(point, aux, known)
         improved = accepted & (point.merit < best.point.merit)
         best = verdict.better(new, best, accepted)
         size = jnp.where(accepted, jnp.minimum(2 * state.size, 1), state.size / 2)
@@ -215,6 +217,7 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
             size=size,
             amplification=amplification,
             num_stale=jnp.where(improved, 0, state.num_stale + 1),
+            num_pairs=num_pairs,
             started=jnp.array(True),
             done=~started & ~finite,
             result=RESULTS.where(
@@ -222,25 +225,45 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
             ),
         )
 
+    def _remembered(
+        self, state: _State[Y], dy: Y, dr: Y, accepted: Array
+    ) -> tuple[hist.History[Y], Int[Array, ""]]:
+        """The history with a new pair; a rejection, or being full, empties it first."""
+        history, dtype = state.history, state.size.dtype
+        change, distance = vs.lengths([dr, dy], dtype)
+        zero = vs.zeros_like(dy)
+        keep = accepted & state.started & jnp.isfinite(change + distance)
+        pair = hist.Pair(
+            vs.select(keep, dy, zero), vs.select(keep, dr, zero), change, distance
+        )
+        full = state.num_pairs >= (self.restart or jnp.iinfo(jnp.int32).max)
+        empty = full | ~accepted
+        used = jnp.where(empty, 0, history.used)
+        num_pairs = jnp.where(empty, 0, state.num_pairs) + keep.astype(jnp.int32)
+        turn = hist.turn(
+            used, history.newest, history.window, keep, jnp.zeros_like(keep)
+        )
+        cross = hist.cross(history, pair)
+        return hist.push(history, pair, cross, turn, 0 * distance), num_pairs
+
     def _propose(self, state: _State[Y]) -> tuple[Y, Y]:
         """The next trial point, and the step to it."""
         anchor, history = state.anchor, state.history
         dtype = state.size.dtype
-        normal = hist.normal_equations(history, vs.resolution(anchor.y))
-        penalty = jnp.full(history.window, self.ridge, dtype)
-        gamma, rest = hist.fit(history, normal, anchor.residual, penalty)
+        penalty = jnp.full(history.window + 1, self.ridge, dtype)
+        fit = hist.fit(history, anchor.residual, penalty, history.filled)
         step = vs.minus(
-            vs.scaled(self.mixing * state.size, rest), hist.combine(gamma, history.dy)
+            vs.scaled(self.mixing * state.size, fit.rest),
+            hist.combine(fit.coefficients, history.dy),
         )
         y = vs.add_scaled(anchor.y, jnp.ones((), dtype), step)
         return vs.select(vs.all_finite(y), y, anchor.y), step
 
     def _finish(self, state: _State[Y], step: Y) -> _State[Y]:
         """The end, if the best point is good enough or cannot be improved."""
-        usable = state.history.count > 0
-        best = verdict.sharpened(
-            self._tolerance, state.best, state.anchor, step, usable
-        )
+        usable = state.history.used > 0
+        tolerance = self._tolerance(state.anchor.y)
+        best = verdict.sharpened(tolerance, state.best, state.anchor, step, usable)
         rounding = (state.num_stale >= STALE) & (best.floor <= verdict.NEAR_ROUNDING)
         gave_up = state.size < SMALLEST
         ongoing = ~(state.done | best.converged)

@@ -96,7 +96,8 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
     **Arguments:**
 
     - `rtol`, `atol`: relative and absolute tolerance of the error of the solution;
-        `atol` also bounds the residual.
+        `atol` also bounds the residual. `None` stands for 1e-8 in float64 and for
+        1e-5 in float32.
     - `window`: the largest number of updates kept: `2 * window` states of memory.
     - `update`: `"good"` or `"bad"`.
     - `norm`: the norm of the error per tolerance.
@@ -122,8 +123,8 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         for Linear and Nonlinear Equations*, SIAM (1995), chapters 7 and 8.
     """
 
-    rtol: float
-    atol: float
+    rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     window: int = 20
     update: Literal["good", "bad"] = "good"
     norm: Callable[[Any], Scalar] = optx.max_norm
@@ -227,7 +228,7 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         rejected = search & ~accepted
 
         inverse = self._updated(state, point, finite, accepted & search)
-        residual = verdict.Tolerance(0.0, self.atol, self.norm)
+        residual = verdict.tolerance(0.0, self.atol, self.norm, point.y)
         new = residual.judge(point, aux, jnp.asarray(jnp.inf, anchor.merit.dtype))
         improved = accepted & (point.merit < best.point.merit)
         shorter = jnp.where(rejected, state.num_shorter + 1, 0)
@@ -287,8 +288,8 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         slot = jnp.minimum(inverse.count, self.window - 1)
         return _Inverse(
             inverse.scale,
-            hist.put(inverse.u, slot, u, update),
-            hist.put(inverse.v, slot, v, update),
+            hist.put(inverse.u, slot, vs.select(update, u, hist.take(inverse.u, slot))),
+            hist.put(inverse.v, slot, vs.select(update, v, hist.take(inverse.v, slot))),
             inverse.count + update.astype(inverse.count.dtype),
         )
 
@@ -308,8 +309,8 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
 
     def _finish(self, state: _State[Y], step: Y, usable: Array) -> _State[Y]:
         """The end, if the best point is good enough or cannot be improved."""
-        tolerance = verdict.Tolerance(self.rtol, self.atol, self.norm)
         best, anchor = state.best, state.anchor
+        tolerance = verdict.tolerance(self.rtol, self.atol, self.norm, anchor.y)
         here = usable & (anchor.merit <= best.point.merit)
         error = jnp.where(here, tolerance.measure(step, anchor.y), best.error)
         error = jnp.where(best.residual > 0, error, 0)

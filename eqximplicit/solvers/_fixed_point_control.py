@@ -1,0 +1,375 @@
+"""The state machine of the default fixed-point solver, all in scalars.
+
+What a trial point is for, whether it is accepted, when a rescue is due and when the
+solve is over. The scalars are carried as one vector: each scalar that a compiled loop
+carries by itself costs a kernel to compile, with all that leads to the scalar in it
+once more. So the rules here are elementwise, and hold for scalars as for vectors.
+"""
+
+import dataclasses
+import enum
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+
+from . import _history as hist, _vector_space as vs, _verdict as verdict
+
+T = TypeVar("T")
+GROWTH = 10.0  # a residual this much larger than the best is a rejected step
+MIN_MIXING = 0.02  # the smallest mixing that a stiff secant may ask for
+PROGRESS = 0.9  # a step that leaves more of the residual than this has stalled
+PATIENCE = 8  # stalled steps before a rescue
+PLAIN_STEPS = 20  # of the first rescue
+DIVERGED = 1e6  # growth at which that rescue gives up
+MAX_BARREN = 4  # rescues in a row that do not halve the residual
+DECREASE = 1e-4  # Armijo's constant for the Newton-Krylov step
+
+
+class Kind(enum.IntEnum):
+    """What a trial point is."""
+
+    START = 0
+    PLAIN = 1  # mixing alone: no history, or a rejected step to make up for
+    MIXED = 2  # Anderson's
+    RESCUE = 3  # plain iteration from `y0`
+    PROBE = 4  # a finite difference of the residual
+
+
+class Ending(enum.IntEnum):
+    """Whether the solve goes on, and if not, why."""
+
+    NONE = 0
+    CONVERGED = 1
+    NONFINITE_START = 2
+    STUCK = 3
+
+
+class Control(eqx.Module):
+    """The numbers that steer the solve, all of them real. Flags are 0 or 1."""
+
+    # The trial point: what it is for, and the length of the step in its model.
+    kind: Array
+    step_size: Array
+    reach: Array
+    # The steps: `curvature` is the relative model error per distance.
+    mixing: Array
+    size: Array
+    curvature: Array
+    # The errors: `amplification` is the error per residual, and `reference` the merit
+    # that a trial is compared with.
+    amplification: Array
+    reference: Array
+    anchor_merit: Array
+    start_merit: Array
+    best_merit: Array
+    best_residual: Array
+    best_error: Array
+    best_floor: Array
+    # The state machine.
+    num_stalled: Array
+    num_rejected: Array
+    num_plain: Array
+    probing: Array
+    newton: Array
+    num_rescues: Array
+    num_barren: Array
+    merit_at_rescue: Array
+    ending: Array
+    # What the last evaluation decided.
+    accepted: Array
+    improved: Array
+    keep: Array
+    slot: Array
+    used: Array
+    newest: Array
+    moved: Array
+    from_start: Array
+    from_best: Array
+
+    def packed(self) -> Float[Array, " n"]:
+        """Returns the numbers as one vector, one per field."""
+        dtype, n = self.size.dtype, len(_FIELDS)
+        fields = [
+            jnp.broadcast_to(getattr(self, f.name), (n,)).astype(dtype) for f in _FIELDS
+        ]
+        out = fields[0]
+        for i, field in enumerate(fields[1:], 1):
+            out = jax.lax.select(np.arange(n) == i, field, out)
+        return out
+
+
+_FIELDS = dataclasses.fields(Control)
+
+
+def unpacked(vector: Float[Array, " n"]) -> Control:
+    return Control(*vs.apart(vector))
+
+
+def _always(vector: Array) -> Array:
+    """True everywhere, unknown to the compiler (the vector holds no NaN).
+
+    What depends on it is not taken apart into scalars, nor computed again in all that
+    uses it; the control flow then compiles to one small kernel.
+    """
+    return vector == vector
+
+
+def widened(tree: T, vector: Float[Array, " n"]) -> T:
+    """Scalars as vectors like `vector`."""
+
+    def leaf(x: Array) -> Array:
+        x = jnp.broadcast_to(x, vector.shape)
+        return jax.lax.select(_always(vector), x, jnp.zeros_like(x))
+
+    return jtu.tree_map(leaf, tree)
+
+
+def settled(new: Array, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Returns `new`, which a division by one keeps from being computed twice."""
+    return new / jnp.where(_always(vector), 1, 2).astype(new.dtype)
+
+
+def changed(control: Control, **changes: Array) -> Control:
+    """As `dataclasses.replace`, in the dtype of the control."""
+    dtype = control.size.dtype
+    return dataclasses.replace(
+        control, **{name: value.astype(dtype) for name, value in changes.items()}
+    )
+
+
+class Numbers(eqx.Module):
+    """What an evaluation measures.
+
+    `change` and `distance` are the lengths of the pair that it makes with the anchor;
+    `scaled...` are in units of the tolerance; `floor` is the residual in roundings;
+    `missed` is what the model missed.
+    """
+
+    finite: Array
+    merit: Array
+    change: Array
+    distance: Array
+    scaled: Array
+    scaled_change: Array
+    scaled_distance: Array
+    floor: Array
+    missed: Array
+
+
+def at_start(dtype: jnp.dtype) -> Control:
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    start = Control(*[zero for _ in _FIELDS])
+    infinite = [
+        "reference", "anchor_merit", "start_merit", "best_merit", "best_residual",
+        "best_error", "best_floor", "merit_at_rescue",
+    ]  # fmt: skip
+    unit = ["step_size", "mixing", "size", "amplification"]
+    changes = dict.fromkeys(infinite, one * jnp.inf) | dict.fromkeys(unit, one)
+    return changed(start, **changes)
+
+
+def _judged(control: Control, seen: Numbers) -> Control:
+    """Whether the trial is accepted, and how mixing and trust in the pairs follow."""
+    kind, merit = control.kind, seen.merit
+    start, probe = kind == int(Kind.START), kind == int(Kind.PROBE)
+    newton, dtype = control.newton > 0, control.size.dtype
+
+    descent = (1 - DECREASE * control.step_size) * control.anchor_merit
+    limit = jnp.where(newton, descent, GROWTH * control.reference)
+    plain = kind == int(Kind.RESCUE)
+    limit = jnp.where(plain, DIVERGED * control.best_merit, limit)
+    accepted = seen.finite & (start | (~probe & (merit <= limit)))
+
+    change = seen.change
+    mixing = seen.distance / jnp.where(change > 0, change, 1)
+    informative = seen.finite & ~probe & ~start & (change > 0)
+    mixing = jnp.where(informative, jnp.clip(mixing, MIN_MIXING, 1), control.mixing)
+
+    # A mixed step predicts what it takes of the residual; the rest is curvature.
+    reach = control.step_size * control.reach
+    curvature = seen.missed / jnp.where(reach > 0, reach, 1)
+    curvature = jnp.maximum(control.curvature / 2, curvature)
+    predicted = accepted & (kind == int(Kind.MIXED)) & (reach > 0)
+    curvature = jnp.where(predicted, curvature, control.curvature)
+
+    scaled_change = seen.scaled_change
+    amplification = seen.scaled_distance / jnp.where(
+        scaled_change > 0, scaled_change, 1
+    )
+    amplification = jnp.where(scaled_change > 0, jnp.maximum(amplification, 1), jnp.inf)
+    faded = verdict.FADE * control.amplification
+    amplification = jnp.maximum(amplification, faded)
+    amplification = jnp.where(start, jnp.inf, amplification)
+    error = jnp.where(seen.scaled > 0, seen.scaled * amplification, 0)
+    improved = accepted & (merit < control.best_merit)
+    ending = jnp.where(start & ~seen.finite, int(Ending.NONFINITE_START), 0)
+    return changed(
+        control,
+        accepted=accepted,
+        improved=improved,
+        keep=seen.finite & ~start & (probe | accepted | ~newton),
+        moved=jnp.where(accepted & ~start, seen.distance, 0),
+        mixing=mixing,
+        curvature=curvature,
+        amplification=jnp.where(
+            accepted & ~start, amplification, control.amplification
+        ),
+        anchor_merit=jnp.where(accepted, merit, control.anchor_merit),
+        start_merit=jnp.where(start, merit, control.start_merit),
+        best_merit=jnp.where(improved, merit, control.best_merit),
+        best_residual=jnp.where(improved, seen.scaled, control.best_residual),
+        best_error=jnp.where(improved, error, control.best_error),
+        best_floor=jnp.where(improved, seen.floor, control.best_floor),
+        ending=ending.astype(dtype),
+    )
+
+
+def _counted(control: Control, seen: Numbers) -> Control:
+    """The counters and the step size, after a trial that is accepted or rejected."""
+    kind, merit, accepted = control.kind, seen.merit, control.accepted > 0
+    plain, probe = kind == int(Kind.RESCUE), kind == int(Kind.PROBE)
+    newton, rejected = control.newton > 0, ~accepted & ~probe
+
+    progress = merit < PROGRESS * control.reference
+    stalled = jnp.where(accepted & (progress | plain), 0, control.num_stalled + 1)
+    stalled = jnp.where(plain & rejected, PATIENCE, stalled)
+    # The first rejection is made up for by a mixed step, the next by shorter ones.
+    shorter = rejected & ((kind != int(Kind.MIXED)) | newton)
+    shrunk = control.size * jnp.where(seen.finite, 0.5, 0.25).astype(merit.dtype)
+    size = jnp.where(shorter, jnp.maximum(shrunk, 1e-3), control.size)
+    size = jnp.where(accepted, jnp.minimum(2 * control.size, 1), size)
+    reference = jnp.where(plain, merit, jnp.minimum(merit, control.reference))
+    num_plain = jnp.where(accepted, jnp.maximum(control.num_plain - 1, 0), 0)
+    return changed(
+        control,
+        mixing=jnp.where(plain & (num_plain == 0), 1, control.mixing),
+        size=size,
+        reference=jnp.where(accepted, reference, control.reference),
+        num_stalled=jnp.where(probe, control.num_stalled, stalled),
+        num_rejected=jnp.where(rejected, control.num_rejected + 1, 0),
+        num_plain=jnp.where(plain, num_plain, control.num_plain),
+        newton=newton & ~accepted,
+    )
+
+
+def is_good(control: Control, error: Array) -> Array:
+    """Whether the best point, with this estimated error, is good enough."""
+    exact = control.best_floor <= verdict.AT_ROUNDING
+    return (control.best_residual < 1) & ((error < 1) | exact)
+
+
+def _rescued(control: Control) -> Control:
+    """A new beginning where the solve has stalled, or the end where none is left."""
+    converged = is_good(control, control.best_error)
+    now = (control.num_stalled >= PATIENCE) & (control.ending == 0) & ~converged
+    plain = now & (control.num_rescues == 0)
+    krylov = now & ~plain
+    halved = control.best_merit < control.merit_at_rescue / 2
+    barren = jnp.where(halved, 0, control.num_barren + 1)
+    as_good = control.best_floor <= verdict.NEAR_ROUNDING
+    as_good = as_good & (control.best_residual < 1)
+    stuck = now & ((barren >= MAX_BARREN) | as_good)
+
+    merit = jnp.where(plain, control.start_merit, control.best_merit)
+
+    def anew(old: Array, new: Array | float) -> Array:
+        return jnp.where(now, new, old)
+
+    return changed(
+        control,
+        mixing=jnp.where(plain, 1, control.mixing),
+        size=anew(control.size, 1),
+        curvature=anew(control.curvature, 0),
+        reference=anew(control.reference, merit),
+        anchor_merit=anew(control.anchor_merit, merit),
+        num_stalled=anew(control.num_stalled, 0),
+        num_rejected=anew(control.num_rejected, 0),
+        num_plain=anew(control.num_plain, jnp.where(plain, float(PLAIN_STEPS), 0)),
+        probing=anew(control.probing, krylov.astype(merit.dtype)),
+        newton=anew(control.newton, 0),
+        num_rescues=control.num_rescues + now.astype(merit.dtype),
+        num_barren=anew(control.num_barren, barren),
+        merit_at_rescue=anew(control.merit_at_rescue, control.best_merit),
+        from_start=plain,
+        from_best=krylov,
+        ending=jnp.where(stuck, int(Ending.STUCK), control.ending),
+    )
+
+
+def _next_trial(control: Control, window: int) -> Control:
+    """What the next evaluation is for."""
+    count = control.used
+    complete = (control.probing > 0) & (count >= window)
+    probing = (control.probing > 0) & ~complete
+    newton = (control.newton > 0) | complete
+    make_up = (control.num_rejected == 1) & ~newton
+    plain = control.num_plain > 0
+    kind = jnp.where(make_up | (count == 0), int(Kind.PLAIN), int(Kind.MIXED))
+    kind = jnp.where(plain, int(Kind.RESCUE), kind)
+    kind = jnp.where(probing, int(Kind.PROBE), kind)
+    full = (make_up & (count > 0)) | plain
+    return changed(
+        control,
+        kind=kind,
+        step_size=jnp.where(full, 1, control.size),
+        probing=probing,
+        newton=newton,
+    )
+
+
+def after(
+    control: Control, seen: Numbers, window: int, vector: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """Returns the control after an evaluation, packed.
+
+    **Arguments:** the control before, the evaluation, the window of the history, and
+    the packed control before.
+    """
+    seen, control = widened(seen, vector), widened(control, vector)
+    control = _judged(control, seen)
+    control = _counted(control, seen)
+    control = _rescued(control)
+    forget = control.from_start + control.from_best > 0
+    turn = hist.turn(control.used, control.newest, window, control.keep > 0, forget)
+    control = changed(control, slot=turn.slot, used=turn.used, newest=turn.newest)
+    return settled(_next_trial(control, window).packed(), vector)
+
+
+class Proposal(eqx.Module):
+    """What the model says about the next trial point.
+
+    **Attributes:**
+
+    - `new`: whether a probe leads in a new direction.
+    - `error`: the full step of the model, in units of the tolerance.
+    - `reach`: how far away the pairs are that it rests on.
+    """
+
+    new: Array
+    error: Array
+    reach: Array
+
+
+def with_proposal(vector: Float[Array, " n"], proposal: Proposal) -> Float[Array, " n"]:
+    """Returns the packed control, with the end if the best point is good enough."""
+    control, proposal = widened((unpacked(vector), proposal), vector)
+    new, error = proposal.new, proposal.error
+    probed, mixed = (control.kind == int(k) for k in (Kind.PROBE, Kind.MIXED))
+    # A full quasi-Newton step from the best point is an estimate of its error.
+    here = mixed & (control.anchor_merit <= control.best_merit)
+    error = jnp.where(here, jnp.maximum(control.best_error, error), control.best_error)
+    converged = is_good(control, error) & (control.ending == 0)
+    control = changed(
+        control,
+        reach=proposal.reach,
+        best_error=error,
+        probing=(control.probing > 0) & new,
+        newton=(control.newton > 0) | (probed & ~new),
+        ending=jnp.where(converged, int(Ending.CONVERGED), control.ending),
+    )
+    return control.packed()
