@@ -41,6 +41,7 @@ class Workload(NamedTuple):
     - `reference`: that derivative in float64, by NumPy; a pytree like it.
     - `rtol`: the largest relative error (2-norm) with which a contestant is timed.
     - `limit`: the ratio to the best code by hand that is aimed at, in run time.
+    - `approximated`: our gradient with another linear solver, where that is of interest.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Workload(NamedTuple):
     reference: Any
     rtol: float
     limit: float
+    approximated: Callable[[Any], Callable[[Any], Any]] | None = None
 
 
 def value_and_grad(loss: Callable[[Any], Any], solves: dict[str, Solve]) -> Any:

@@ -3,7 +3,7 @@
     python benchmarks/report.py                    # all, about ten minutes of one core
     python benchmarks/report.py --quick            # fewer rounds, about five
     python benchmarks/report.py --only deq pair    # some of them
-    python benchmarks/report.py --page docs        # also writes docs/benchmarks.md
+    python benchmarks/report.py --page docs        # writes docs/benchmarks.md and .png
 
 A contestant whose derivative is off by more than its workload allows is not timed.
 """
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import one_core
 
 import jax  # isort: skip  (on the core that the line before has chosen)
+import approximations
 import memory
 import timing
 from common import BY_HAND, MATCHED, OURS, Workload
@@ -70,6 +71,8 @@ def measure(workload: Workload, quick: bool) -> dict[str, Row]:
 def best_of(rows: dict[str, Row], library: str) -> Row | None:
     """The quickest gradient among the variants of a library."""
     exact = library in (OURS, MATCHED)
+    if library == MATCHED and MATCHED not in rows:
+        library = OURS  # there it has the algorithm of the code by hand already
     found = [
         row
         for name, row in rows.items()
@@ -237,7 +240,6 @@ def plot(results: Results, path: Path) -> None:
         what = "value and gradient" if part == "gradient" else "first call"
         axis.set_ylabel(f"{what}\n(ratio to code by hand)")
     axes[0].legend(ncols=len(LIBRARIES), fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -265,7 +267,14 @@ scripts: `sparse.py` (2-D diffusion, too), `linear_solvers.py`, `root_finders.py
 `fixed_points.py`."""
 
 
-def page(results: Results, image: str) -> str:
+class Extras(NamedTuple):
+    """Tables beside those of the workloads."""
+
+    memory: str
+    approximations: str
+
+
+def page(results: Results, extras: Extras) -> str:
     tables = "\n\n".join(table(*result) for result in results.values())
     limits = ", ".join(f"{name} {value}" for name, value in MEAN_LIMITS.items())
     parts = (
@@ -273,8 +282,11 @@ def page(results: Results, image: str) -> str:
         f"Measured on: {machine()}",
         "## What is aimed at\n\n" + targets(results),
         f"## Geometric means\n\nAimed at: {limits}.\n\n" + means(results),
-        f"![Ratios to code by hand]({image})",
-        "## Memory against the number of steps\n\n" + memory.table(),
+        "![Ratios to code by hand](benchmarks.png)",
+        "## Memory against the number of steps\n\n" + extras.memory,
+        "## Approximate gradients\n\n"
+        "Direction and size of the error of what the literature uses instead of the "
+        "exact inverse, at the same solution.\n\n" + extras.approximations,
         "## Every workload\n\n" + tables,
     )
     return "\n\n".join(parts) + "\n"
@@ -284,18 +296,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--page", type=Path, metavar="FOLDER")
+    parser.add_argument("--page", type=Path, metavar="FOLDER", default=Path("outputs"))
     options = parser.parse_args()
-    results: Results = {}
+    options.page.mkdir(parents=True, exist_ok=True)
+    extras, results = Extras(memory.table(), approximations.table()), Results()
     for key in options.only:
         workload = WORKLOADS[key]()
         results[key] = workload, measure(workload, options.quick)
         print(table(*results[key]) + "\n", flush=True)
-    print(means(results) + "\n\n" + targets(results) + "\n\n" + memory.table())
-    folder = options.page or Path("outputs")
-    plot(results, folder / "benchmarks.png")
-    if options.page:
-        (folder / "benchmarks.md").write_text(page(results, "benchmarks.png"))
+        # After each workload, so that a run which is cut short leaves a page.
+        (options.page / "benchmarks.md").write_text(page(results, extras))
+    plot(results, options.page / "benchmarks.png")
+    print(means(results) + "\n\n" + targets(results), *extras, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,18 @@ def tanh_workload(n: int) -> Workload:
 
 def deq() -> Workload:
     theta = tanh_data(256, (64,), jnp.float32)
-    solves = tanh_solves(jnp.zeros_like(theta[1]), 1e-5, 1e-5)
+    z0 = jnp.zeros_like(theta[1])
+    solves = tanh_solves(z0, 1e-5, 1e-5)
+
+    def approximated(linear_solver: Any) -> Callable[[Any], Any]:
+        layer = eqi.ImplicitFunction(
+            eqi.FixedPoint(tanh_cell),
+            optx.FixedPointIteration(rtol=1e-5, atol=1e-5),
+            eqi.ImplicitAdjoint(linear_solver),
+            throw=False,
+        )
+        return jax.grad(lambda theta: sum_of_squares(layer(z0, theta)))
+
     return Workload(
         title="DEQ, batch 64, width 256, float32",
         theta=theta,
@@ -164,6 +175,7 @@ def deq() -> Workload:
         reference=tanh_reference(theta),
         rtol=1e-4,
         limit=1.1,
+        approximated=approximated,
     )
 
 
@@ -180,6 +192,13 @@ def jacobian(mode: str) -> Workload:
         names = (OURS, "optimistix")
     transform = jax.jacfwd if mode == "fwd" else jax.jacrev
     solves = {name: lambda x, s=every[name]: s((w, x)) for name in names}
+    matched = eqi.ImplicitFunction(
+        eqi.FixedPoint(tanh_cell),
+        optx.FixedPointIteration(rtol=1e-8, atol=1e-8),
+        eqi.ImplicitAdjoint(eqi.DirectLU()),
+        throw=False,
+    )
+    solves[MATCHED] = lambda x: matched(z0, (w, x))
     gradients = {name: transform(solve) for name, solve in solves.items()}
     gradients[BY_HAND] = lambda x: jacobian_by_hand(w, x, mode)
     solves[BY_HAND] = lambda x: picard(lambda z: tanh_cell(z, (w, x)), z0, 1e-8)
@@ -425,7 +444,7 @@ def euler() -> Workload:
     k = draw.uniform(0.5, 1.5, n + 1)
     ours = {
         OURS: eqi.AutoLinearSolver(),
-        "eqximplicit, SparseDirect": eqi.SparseDirect(),
+        MATCHED: eqi.SparseDirect(),
     }
     gradients = {
         name: lambda k, run=sparse.ours(sparse.line, solver): run(k, jnp.asarray(old))
