@@ -41,7 +41,7 @@ class Workload(NamedTuple):
     - `reference`: that derivative in float64, by NumPy; a pytree like it.
     - `rtol`: the largest relative error (2-norm) with which a contestant is timed.
     - `limit`: the ratio to the best code by hand that is aimed at, in run time.
-    - `approximated`: our gradient with another linear solver, where that is of interest.
+    - `approximated`: our gradient, given a linear solver; where that is of interest.
     """
 
     title: str
