@@ -6,13 +6,12 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax.tree_util as jtu
-import lineax as lx
 import optimistix as optx
 from jaxtyping import Array
 
 from ._captured import detach
 from ._condition import AbstractCondition, Root
-from ._custom_types import PyTree
+from ._custom_types import LinearSolver, PyTree
 from ._implicit import implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import RESULTS, where_result
@@ -98,9 +97,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     - `options`: its run-time options, such as `{"preconditioner": operator}`.
     """
 
-    linear_solver: lx.AbstractLinearSolver[Any] = eqx.field(
-        default_factory=AutoLinearSolver
-    )
+    linear_solver: LinearSolver = eqx.field(default_factory=AutoLinearSolver)
     options: dict[str, Any] = eqx.field(default_factory=dict)
 
     def differentiable(self, solve: Solve, residual_tol: float | None) -> Outcome:

@@ -1,10 +1,38 @@
 """Types that a static checker and the run-time checker see differently."""
 
-from typing import Any, TYPE_CHECKING, TypeAlias, TypeVar
+from typing import Any, Generic, TYPE_CHECKING, TypeAlias, TypeVar
+
+import equinox as eqx
+import lineax as lx
+
+_Leaf = TypeVar("_Leaf")
+_State = TypeVar("_State")
 
 if TYPE_CHECKING:
-    _Leaf = TypeVar("_Leaf")
     # A static checker cannot follow nested containers: their contents are anything.
     PyTree: TypeAlias = _Leaf | Any
+    # JAX's has type parameters that its users cannot name.
+    ShapeDtypeStruct: TypeAlias = Any
+
+    class AbstractLinearSolver(eqx.Module, Generic[_State]):
+        """lineax's, which ships no types."""
+
+        def init(self, operator: Any, options: dict[str, Any]) -> _State: ...
+        def compute(
+            self, state: _State, vector: Any, options: dict[str, Any]
+        ) -> tuple[Any, Any, dict[str, Any]]: ...
+        def transpose(
+            self, state: _State, options: dict[str, Any]
+        ) -> tuple[_State, dict[str, Any]]: ...
+        def conj(
+            self, state: _State, options: dict[str, Any]
+        ) -> tuple[_State, dict[str, Any]]: ...
+        def assume_full_rank(self) -> bool: ...
+
+    LinearSolver: TypeAlias = lx.AbstractLinearSolver[Any] | AbstractLinearSolver[Any]
 else:
+    from jax import ShapeDtypeStruct as ShapeDtypeStruct
     from jaxtyping import PyTree as PyTree
+    from lineax import AbstractLinearSolver as AbstractLinearSolver
+
+    LinearSolver = AbstractLinearSolver

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
-import lineax as lx
 
 from ._adjoint import ImplicitAdjoint
 from ._condition import AbstractCondition, FixedPoint, Root
+from ._custom_types import LinearSolver
 from ._function import ImplicitFunction
 from ._state import stop_gradient
 
@@ -76,7 +76,7 @@ def custom_root(
     has_aux: bool = False,
     takes_aux: bool = False,
     argnums: int | Sequence[int] | None = None,
-    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    linear_solver: LinearSolver | None = None,
     tags: object = frozenset(),
 ) -> Callable[[F], F]:
     """Returns a decorator that gives a solver the derivative of a root.
@@ -121,7 +121,7 @@ def custom_fixed_point(
     has_aux: bool = False,
     takes_aux: bool = False,
     argnums: int | Sequence[int] | None = None,
-    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    linear_solver: LinearSolver | None = None,
     tags: object = frozenset(),
 ) -> Callable[[F], F]:
     """Returns a decorator that gives a solver the derivative of a fixed point.
@@ -144,7 +144,7 @@ def custom_fixed_point(
     return decorator
 
 
-def _adjoint(linear_solver: lx.AbstractLinearSolver[Any] | None) -> ImplicitAdjoint:
+def _adjoint(linear_solver: LinearSolver | None) -> ImplicitAdjoint:
     if linear_solver is None:
         return ImplicitAdjoint()
     return ImplicitAdjoint(linear_solver=linear_solver)

@@ -19,11 +19,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
 from jaxtyping import Array, Bool
 
 from ._condition import AbstractCondition, hoist, Root
-from ._custom_types import PyTree
+from ._custom_types import LinearSolver, PyTree
 from ._linear import differentiable_linear_solve, LinearRule
 from ._state import (
     as_arrays,
@@ -142,7 +141,7 @@ def _attach_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 def _linear_rule(
     condition: AbstractCondition[Any, Any],
-    linear_solver: lx.AbstractLinearSolver[Any] | None,
+    linear_solver: LinearSolver | None,
     options: dict[str, Any] | None,
     trusted: Bool[Array, ""] | bool,
 ) -> LinearRule:
@@ -161,7 +160,7 @@ def implicit_solution(
     y: Y,
     args: Args = None,
     *,
-    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    linear_solver: LinearSolver | None = None,
     options: dict[str, Any] | None = None,
     aux: Any = None,
     trusted: Bool[Array, ""] | bool = True,
@@ -217,7 +216,7 @@ def root_jvp(
     args: Args,
     t_args: Args,
     *,
-    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    linear_solver: LinearSolver | None = None,
     tags: object = frozenset(),
 ) -> Y:
     r"""Returns the tangent of a root in the direction of a tangent of its arguments.
@@ -246,7 +245,7 @@ def root_vjp(
     args: Args,
     ct_y: Y,
     *,
-    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
+    linear_solver: LinearSolver | None = None,
     tags: object = frozenset(),
 ) -> Args:
     r"""Returns the cotangent of the arguments of a root.

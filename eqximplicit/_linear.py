@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool
 
-from ._custom_types import PyTree
+from ._custom_types import LinearSolver, PyTree
 from ._solution import is_successful
 from ._state import filled, nonzero_and_finite, select, stop_gradient
 
@@ -31,7 +31,7 @@ class LinearRule(eqx.Module):
     - `trusted`: bool, shape `()`. Where it is false the solution is NaN.
     """
 
-    solver: lx.AbstractLinearSolver[Any]
+    solver: LinearSolver
     options: dict[str, Any]
     tags: frozenset[object] = eqx.field(static=True)
     trusted: Bool[Array, ""]

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array
@@ -30,7 +29,7 @@ from ._condition import (
     out_struct,
     Root,
 )
-from ._custom_types import PyTree
+from ._custom_types import PyTree, ShapeDtypeStruct
 from ._state import from_real, real_dtype, retree, struct_of, to_real
 
 Solver = optx.AbstractIterativeSolver[Any, Any, Any, Any]
@@ -55,7 +54,7 @@ class IteratedFn(eqx.Module):
 
     condition: AbstractCondition[Any, Any]
     output: Callable[[_Evaluated], PyTree[Array]]
-    like: PyTree[jax.ShapeDtypeStruct]
+    like: PyTree[ShapeDtypeStruct]
     must_vanish: bool = eqx.field(static=True)
     tags: frozenset[object] = eqx.field(static=True)
 

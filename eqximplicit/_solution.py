@@ -1,6 +1,6 @@
 """What a solve returns: the value, whether it may be trusted, and why not."""
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,13 +13,23 @@ Y = TypeVar("Y")
 Aux = TypeVar("Aux")
 
 
-class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+if TYPE_CHECKING:
+    _BaseResults = eqx.Enumeration  # lineax, the root of the others, has no types
+else:
+    _BaseResults = optx.RESULTS
+
+
+class RESULTS(_BaseResults):
     """How a solve ended: optimistix's codes, and finer reasons for a failure.
 
     Every message is one cause, then one remedy. `RESULTS[result]` is the message.
     """
 
     successful = ""
+    if TYPE_CHECKING:
+        max_steps_reached = singular = breakdown = stagnation = conlim = ""
+        nonfinite_input = nonlinear_max_steps_reached = nonlinear_divergence = ""
+        nonfinite = ""
     local_minimum = (
         "The solver stopped at a local minimum of the residual norm that is not a "
         "root: no small step reduces the residual. Start from another `y0`, or check "

@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ._custom_types import PyTree
+from ._custom_types import PyTree, ShapeDtypeStruct
 
 T = TypeVar("T")
 _Struct = jax.ShapeDtypeStruct | Array
@@ -80,7 +80,7 @@ def as_state(y0: PyTree[Any]) -> PyTree[Array]:
     return state
 
 
-def struct_of(tree: PyTree[_Struct]) -> PyTree[jax.ShapeDtypeStruct]:
+def struct_of(tree: PyTree[_Struct]) -> PyTree[ShapeDtypeStruct]:
     """Shapes and dtypes of a pytree of arrays."""
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 

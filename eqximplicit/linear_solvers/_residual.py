@@ -14,7 +14,7 @@ import lineax as lx
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
-from .._custom_types import PyTree
+from .._custom_types import PyTree, ShapeDtypeStruct
 
 T = TypeVar("T")
 Stats = dict[str, Any]
@@ -88,7 +88,7 @@ def size(x: PyTree[Any]) -> int:
     return sum(math.prod(leaf.shape) for leaf in jtu.tree_leaves(x))
 
 
-def structure(operator: lx.AbstractLinearOperator) -> PyTree[jax.ShapeDtypeStruct]:
+def structure(operator: lx.AbstractLinearOperator) -> PyTree[ShapeDtypeStruct]:
     """The structure of the vectors on which a square operator acts.
 
     **Raises:** `ValueError` if the operator is not square, is complex, or mixes dtypes.

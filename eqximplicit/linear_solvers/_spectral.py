@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float
 
-from .._custom_types import PyTree
+from .._custom_types import PyTree, ShapeDtypeStruct
 from ._residual import norm, require_real
 from .dense import materialised
 
@@ -45,7 +45,7 @@ class SpectralState(eqx.Module):
         return jtu.tree_unflatten(treedef, parts)
 
 
-def structure_key(struct: PyTree[jax.ShapeDtypeStruct]) -> Structure:
+def structure_key(struct: PyTree[ShapeDtypeStruct]) -> Structure:
     """A hashable description of a structure."""
     leaves, treedef = jtu.tree_flatten(struct)
     plain = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)

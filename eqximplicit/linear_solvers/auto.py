@@ -6,7 +6,7 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import Array
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
 from ._residual import Answer, epsilon, size, structure
 from .checked import Checked
 from .dense import DirectLU, DirectSymmetric, MAX_BYTES
@@ -29,18 +29,18 @@ FALLBACK_SIZE = 2048
 class Selection(NamedTuple):
     """A linear solver, and a sentence that says why it was chosen."""
 
-    solver: lx.AbstractLinearSolver[Any]
+    solver: LinearSolver
     reason: str
 
 
 class AutoState(eqx.Module):
     """The state of the solver that was chosen."""
 
-    solver: lx.AbstractLinearSolver[Any]
+    solver: LinearSolver
     inner: Any
 
 
-class AutoLinearSolver(lx.AbstractLinearSolver[AutoState]):
+class AutoLinearSolver(AbstractLinearSolver[AutoState]):
     r"""The right linear solver for an operator's size, dtype and tags.
 
     | operator | solver |
@@ -127,7 +127,7 @@ class AutoLinearSolver(lx.AbstractLinearSolver[AutoState]):
             )
         return None
 
-    def _direct(self, symmetric: bool) -> lx.AbstractLinearSolver[Any]:
+    def _direct(self, symmetric: bool) -> LinearSolver:
         if symmetric:
             return DirectSymmetric(rcond=self.rcond, max_bytes=self.max_bytes)
         return DirectLU(max_bytes=self.max_bytes)

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree, ShapeDtypeStruct
 from ._residual import Answer, check_bytes, epsilon, measured, minus, norm, structure
 from .dense import residual_limit, singular_below
 
@@ -22,7 +22,7 @@ class CheckedState(eqx.Module):
     regular: Bool[Array, ""]
 
 
-class Checked(lx.AbstractLinearSolver[CheckedState]):
+class Checked(AbstractLinearSolver[CheckedState]):
     r"""A lineax solver for square systems, with a result code that can be relied on.
 
     One product more measures the residual $\lVert b - Ax\rVert_2$; above
@@ -43,7 +43,7 @@ class Checked(lx.AbstractLinearSolver[CheckedState]):
     **Options:** those of `solver`.
     """
 
-    solver: lx.AbstractLinearSolver[Any]
+    solver: LinearSolver
     rtol: float | None = None
     probe: bool = eqx.field(default=False, static=True)
     max_bytes: int | None = eqx.field(default=None, static=True)
@@ -67,7 +67,7 @@ class Checked(lx.AbstractLinearSolver[CheckedState]):
         self,
         operator: lx.AbstractLinearOperator,
         inner: Any,
-        struct: PyTree[jax.ShapeDtypeStruct],
+        struct: PyTree[ShapeDtypeStruct],
         options: dict[str, Any],
     ) -> Bool[Array, ""]:
         # ‖A‖ ‖A⁻¹ g‖ / ‖g‖ bounds the condition number of A from below.
@@ -110,7 +110,7 @@ class Checked(lx.AbstractLinearSolver[CheckedState]):
         return self.solver.assume_full_rank()
 
 
-def pseudo_random(struct: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+def pseudo_random(struct: PyTree[ShapeDtypeStruct]) -> PyTree[Array]:
     """A fixed vector of standard normal numbers, the same in every call."""
     leaves, treedef = jtu.tree_flatten(struct)
     keys = jax.random.split(jax.random.key(0), len(leaves))

@@ -9,7 +9,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, PyTree
 from ._residual import (
     Answer,
     any_lane,
@@ -102,7 +102,7 @@ class LUState(eqx.Module):
     transposed: bool = eqx.field(static=True)
 
 
-class DirectLU(lx.AbstractLinearSolver[LUState]):
+class DirectLU(AbstractLinearSolver[LUState]):
     r"""LU with partial pivoting that refuses a singular matrix; closed form, `n <= 3`.
 
     The result is `lx.RESULTS.singular` where elimination has cancelled a pivot to less
@@ -192,7 +192,7 @@ def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n
     return (vectors * inverse[None, :]) @ vectors.T
 
 
-class DirectSymmetric(lx.AbstractLinearSolver[SymmetricState]):
+class DirectSymmetric(AbstractLinearSolver[SymmetricState]):
     r"""Cholesky, and the pseudo-inverse where a symmetric matrix is not definite.
 
     A Hessian that is singular because of a symmetry (a translation of all particles,

@@ -11,7 +11,7 @@ import lineax as lx
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
@@ -63,7 +63,7 @@ class _Outcome(eqx.Module):
     failed: Bool[Array, ""]  # and could not
 
 
-class HybridKrylov(lx.AbstractLinearSolver[KrylovState]):
+class HybridKrylov(AbstractLinearSolver[KrylovState]):
     r"""Picard or conjugate gradients as long as they work, then something that does.
 
     An operator with a symmetric tag starts with conjugate gradients; any other with
@@ -98,7 +98,7 @@ class HybridKrylov(lx.AbstractLinearSolver[KrylovState]):
     atol: float = 0.0
     max_steps: int = eqx.field(default=1000, static=True)
     restart: int = eqx.field(default=20, static=True)
-    fallback: lx.AbstractLinearSolver[Any] | None = None
+    fallback: LinearSolver | None = None
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
@@ -241,7 +241,7 @@ def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -
 
 
 def _direct(
-    solver: lx.AbstractLinearSolver[Any],
+    solver: LinearSolver,
     factors: Any,
     vector: PyTree[Array],
     options: dict[str, Any],
@@ -254,7 +254,7 @@ def _direct(
 
 
 def _columns(
-    solver: lx.AbstractLinearSolver[Any],
+    solver: LinearSolver,
     operator: lx.AbstractLinearOperator,
     vector: PyTree[Array],
     axes: Any,

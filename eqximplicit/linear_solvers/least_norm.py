@@ -8,7 +8,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, PyTree
 from ._residual import Answer, epsilon, measured, norm
 from ._spectral import decompose, lost, SpectralState, Structure, structure_key
 from .dense import consistency_limit, MAX_BYTES
@@ -21,7 +21,7 @@ class LeastNormState(eqx.Module):
     codomain: Structure = eqx.field(static=True)
 
 
-class LeastNorm(lx.AbstractLinearSolver[LeastNormState]):
+class LeastNorm(AbstractLinearSolver[LeastNormState]):
     r"""The minimum-norm solution $x = A^{+} b$ of a consistent system, singular or not.
 
     Where the system has no solution, that is, where the measured residual

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Int
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, PyTree
 from ._residual import (
     add,
     Answer,
@@ -37,7 +37,7 @@ class NeumannState(eqx.Module):
     operator: lx.AbstractLinearOperator
 
 
-class Neumann(lx.AbstractLinearSolver[NeumannState]):
+class Neumann(AbstractLinearSolver[NeumannState]):
     r"""The Neumann series of the inverse, truncated or run to a tolerance.
 
     With the step $\tau$ = `damping * alpha`,

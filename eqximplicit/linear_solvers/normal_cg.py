@@ -6,7 +6,7 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import Array
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, PyTree
 from ._residual import (
     Answer,
     approximate,
@@ -25,7 +25,7 @@ class NormalCGState(eqx.Module):
     operator: lx.AbstractLinearOperator
 
 
-class NormalCG(lx.AbstractLinearSolver[NormalCGState]):
+class NormalCG(AbstractLinearSolver[NormalCGState]):
     r"""`max_steps` steps of conjugate gradients on $A^\top A x = A^\top b$.
 
     As TorchOpt's `solve_normal_cg(maxiter=..., atol=...)` and jaxopt's: where the steps

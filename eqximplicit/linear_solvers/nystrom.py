@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, PyTree, ShapeDtypeStruct
 from ._residual import Answer, approximate, epsilon, minus, norm, size, structure
 from .dense import pseudo_inverse
 
@@ -23,7 +23,7 @@ class NystromState(eqx.Module):
     sign: int = eqx.field(static=True)
 
 
-class Nystrom(lx.AbstractLinearSolver[NystromState]):
+class Nystrom(AbstractLinearSolver[NystromState]):
     r"""The inverse of a low-rank approximation of a symmetric operator, plus a ridge.
 
     For `rank` columns $K$ drawn without replacement, $C = A_{:K}$ and $W = A_{KK}$,
@@ -132,7 +132,7 @@ def _scaled(sign: int, x: PyTree[Array]) -> PyTree[Array]:
 
 
 def _unit_vectors(
-    chosen: Int[Array, " k"], struct: PyTree[jax.ShapeDtypeStruct]
+    chosen: Int[Array, " k"], struct: PyTree[ShapeDtypeStruct]
 ) -> PyTree[Array]:
     # Entry i of the flattened vector, without flattening: each leaf counts on.
     leaves, treedef = jtu.tree_flatten(struct)

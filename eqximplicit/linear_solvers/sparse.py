@@ -11,7 +11,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, PyTree, ShapeDtypeStruct
 from ._pattern import (
     detect_structure as detect_structure,
     flat_size,
@@ -41,7 +41,7 @@ class _Layout(NamedTuple):
         return jtu.tree_unflatten(self.treedef, leaves)
 
 
-def _layout(struct: PyTree[jax.ShapeDtypeStruct]) -> _Layout:
+def _layout(struct: PyTree[ShapeDtypeStruct]) -> _Layout:
     leaves, treedef = jtu.tree_flatten(struct)
     dtypes = tuple(np.dtype(x.dtype) for x in leaves)
     return _Layout(treedef, tuple(x.shape for x in leaves), dtypes)
@@ -83,7 +83,7 @@ class _SparseState(eqx.Module):
     transposed: bool = eqx.field(static=True)
 
 
-class SparseDirect(lx.AbstractLinearSolver[_SparseState]):
+class SparseDirect(AbstractLinearSolver[_SparseState]):
     r"""A sparse direct solver; the sparsity is found from the operator's jaxpr.
 
     Entries come from as many products as the pattern has colours. Diagonal and

@@ -7,14 +7,14 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from .._custom_types import PyTree
+from .._custom_types import AbstractLinearSolver, PyTree
 from ._residual import Answer, approximate, norm
 from ._spectral import decompose, structure_key
 from .dense import MAX_BYTES
 from .least_norm import LeastNormState
 
 
-class Tikhonov(lx.AbstractLinearSolver[LeastNormState]):
+class Tikhonov(AbstractLinearSolver[LeastNormState]):
     r"""The regularised solution of a singular or nearly singular system.
 
     $$x = \arg\min_x\; \lVert Ax - b\rVert_2^2 + \delta^2\lVert x\rVert_2^2

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, Scalar
 
-from .._custom_types import PyTree
+from .._custom_types import PyTree, ShapeDtypeStruct
 
 Y = TypeVar("Y")
 Aux = TypeVar("Aux")
@@ -91,8 +90,8 @@ class FixedBudget(optx.AbstractFixedPointSolver[Y, Aux, _State], Generic[Y, Aux]
         y: Y,
         args: PyTree[Any],
         options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        f_struct: PyTree[ShapeDtypeStruct],
+        aux_struct: PyTree[ShapeDtypeStruct],
         tags: frozenset[object],
     ) -> _State:
         """Returns the wrapped solver's state and the count of steps."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._custom_types import PyTree
+from .._custom_types import PyTree, ShapeDtypeStruct
 from ._vector_space import real_dtype
 
 
@@ -31,7 +31,7 @@ class RealVector(eqx.Module):
     precision have one well-defined real Jacobian.
     """
 
-    struct: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
+    struct: PyTree[ShapeDtypeStruct] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
     def ravel(self, tree: PyTree[Array]) -> Float[Array, " n"]:

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Scalar
 
-from .._custom_types import PyTree
+from .._custom_types import PyTree, ShapeDtypeStruct
 from .._solution import as_results, Aux, RESULTS, Y
 from ._root_dense import DenseState, init_dense, is_over, Limits, step_dense, why
 from ._root_krylov import (
@@ -136,7 +136,7 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, _State]):
         y: Y,
         args: PyTree[Any],
         options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
+        f_struct: PyTree[ShapeDtypeStruct],
         aux_struct: PyTree[Any],
         tags: frozenset[object],
     ) -> _State:
