@@ -32,6 +32,7 @@ from ._implicit import (
     root_vjp as root_vjp,
 )
 from ._module import AbstractImplicitModule as AbstractImplicitModule
+from ._monitor import Monitor as Monitor, plot_convergence as plot_convergence
 from ._report import (
     gradient_report as gradient_report,
     GradientReport as GradientReport,

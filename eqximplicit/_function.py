@@ -15,6 +15,7 @@ from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
 from ._call import call_host_solver, call_solver
 from ._condition import AbstractCondition, hoist
 from ._iterate import iterate, Outcome, WhileLoop
+from ._monitor import Monitor
 from ._solution import RESULTS, Solution, where_result
 from ._state import all_finite, as_state, max_abs, stop_gradient
 from ._static import refuse_static_arrays
@@ -55,6 +56,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         which the solution counts as one. `None` leaves the judgement to the solver; a
         callable has none to give.
     - `options`: run-time options of an optimistix solver.
+    - `monitor`: an [`eqximplicit.Monitor`][] of an optimistix solver, for a history of
+        the residual or a progress bar.
 
     !!! example
 
@@ -75,6 +78,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
     throw: bool = eqx.field(static=True)
     has_aux: bool = eqx.field(static=True)
     residual_tol: float | None = eqx.field(static=True)
+    monitor: Monitor | None = None
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         has_aux: bool = False,
         residual_tol: float | None = None,
         options: dict[str, Any] | None = None,
+        monitor: Monitor | None = None,
     ):
         self.condition = condition
         self.solver = default_solver(condition) if solver is None else solver
@@ -100,6 +105,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         self.has_aux = has_aux
         self.residual_tol = residual_tol
         self.options = {} if options is None else options
+        self.monitor = monitor
 
     def __check_init__(self) -> None:
         if not callable(self.solver) and _is_bare(self.solver):
@@ -115,6 +121,11 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
             raise ValueError(
                 "A condition with `takes_aux=True` needs a solver that is a callable "
                 f"returning `(y, aux)`; got `{type(self.solver).__name__}`."
+            )
+        if self.monitor is not None and not _is_iterative(self.solver):
+            raise ValueError(
+                "`monitor` watches the steps of an optimistix solver, and those of "
+                f"`{type(self.solver).__name__}` cannot be seen. Leave it out."
             )
         refuse_static_arrays(self.condition, "condition")
         refuse_static_arrays(self.solver, "solver")
@@ -201,6 +212,7 @@ def _run(
         options=layer.options,
         max_steps=layer.max_steps,
         while_loop=while_loop,
+        monitor=layer.monitor,
     )
 
 

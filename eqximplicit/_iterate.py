@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from ._condition import AbstractCondition
 from ._custom_types import PyTree
+from ._monitor import Monitor, Watch
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
@@ -55,6 +56,7 @@ class Run(eqx.Module):
     args: Any
     options: dict[str, Any]
     max_steps: int | None = eqx.field(static=True)
+    watch: Watch | None = None
 
     def step(self, y: PyTree[Array], state: Any) -> tuple[Any, Any, Any]:
         return self.solver.step(
@@ -76,6 +78,7 @@ class _Carry(eqx.Module):
     residual: Any
     aux: Any
     num_steps: Int[Array, ""]
+    record: Any = None  # of the watch, if there is one
 
 
 class Outcome(eqx.Module):
@@ -102,7 +105,10 @@ def _loop(
         y, state, (residual, aux) = run.step(carry.y, combine(carry.state))
         arrays = eqx.filter(state, eqx.is_array)
         aux = eqx.filter(aux, eqx.is_array)
-        return _Carry(y, arrays, residual, aux, carry.num_steps + 1)
+        num_steps, record = carry.num_steps + 1, None
+        if run.watch is not None:
+            record = run.watch.after_step(carry.record, num_steps, y)
+        return _Carry(y, arrays, residual, aux, num_steps, record)
 
     chunk, limit = _FINITE_CHECK_EVERY, run.max_steps
     if while_loop is not lax_while_loop or (limit is not None and limit <= chunk):
@@ -133,21 +139,24 @@ def iterate(
     options: dict[str, Any],
     max_steps: int | None,
     while_loop: WhileLoop,
+    monitor: Monitor | None = None,
 ) -> Outcome:
     """The outcome of running an optimistix solver on a hoisted condition.
 
     **Raises:** `TypeError` if the solver is of the wrong kind for the condition.
     """
     fn = iterated_fn(solver, condition, y0)
-    run = Run(solver, fn, args, options, max_steps)
     y = to_real(y0, real_dtype(y0))
+    watch = _watch(monitor, fn, args, max_steps)
+    record = None if watch is None else watch.begin(real_dtype(y))
+    run = Run(solver, fn, args, options, max_steps, watch)
     f_struct, aux_struct = fn.out_struct(y, args)
     residual_struct, fn_aux_struct = aux_struct
     state = solver.init(fn, y, args, options, f_struct, aux_struct, fn.tags)
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
     aux_arrays, aux_static = eqx.partition(filled(fn_aux_struct, 0), eqx.is_array)
     residual = filled(residual_struct, jnp.inf)
-    carry = _Carry(y, state_arrays, residual, aux_arrays, jnp.zeros((), int))
+    carry = _Carry(y, state_arrays, residual, aux_arrays, jnp.zeros((), int), record)
 
     def combine(arrays: Any) -> Any:
         return eqx.combine(arrays, state_static)
@@ -156,6 +165,18 @@ def iterate(
     return _outcome(
         run, carry, combine(carry.state), eqx.combine(carry.aux, aux_static)
     )
+
+
+def _watch(
+    monitor: Monitor | None, fn: IteratedFn, args: Any, max_steps: int | None
+) -> Watch | None:
+    if monitor is None:
+        return None
+
+    def norm(real_y: PyTree[Array]) -> Array:
+        return max_abs(fn.condition.residual(from_real(real_y, fn.like), args))
+
+    return Watch(monitor, norm, max_steps)
 
 
 def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
@@ -182,5 +203,7 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
     reported = as_results(stats.pop("result", result))
     trusted = jnp.asarray(is_successful(reported))
     stats = {"num_steps": carry.num_steps, **stats}
+    if run.watch is not None:
+        stats |= run.watch.stats(carry.record, carry.num_steps)
     value = from_real(y, run.fn.like)
     return Outcome(value, aux, reported, trusted, stats)
