@@ -28,10 +28,7 @@ from eqximplicit.solvers import AutoFixedPoint
 
 jax.config.update("jax_enable_x64", True)
 
-try:
-    OUTPUTS = Path(__file__).parent / "outputs"
-except NameError:  # in a notebook
-    OUTPUTS = Path("outputs")
+OUTPUTS = Path("outputs")
 OUTPUTS.mkdir(exist_ok=True)
 
 NDIM = 10

@@ -40,10 +40,7 @@ from eqximplicit.solvers import FIRE
 
 jax.config.update("jax_enable_x64", True)
 
-try:
-    OUTPUTS = Path(__file__).parent / "outputs"
-except NameError:  # in a notebook
-    OUTPUTS = Path("outputs")
+OUTPUTS = Path("outputs")
 OUTPUTS.mkdir(exist_ok=True)
 
 # With LONG=1 the 55 spheres take 170 000 small steps instead of 6000: half a minute.

@@ -36,10 +36,7 @@ from eqximplicit.nn import (
     spectral_radius,
 )
 
-try:
-    OUTPUTS = Path(__file__).parent / "outputs"
-except NameError:  # in a notebook
-    OUTPUTS = Path("outputs")
+OUTPUTS = Path("outputs")
 OUTPUTS.mkdir(exist_ok=True)
 
 # %% [markdown]

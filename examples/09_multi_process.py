@@ -208,7 +208,7 @@ try:
     SCRIPT = Path(__file__).resolve()
 except NameError:  # in a notebook
     SCRIPT = Path("09_multi_process.py").resolve()
-OUTPUTS = SCRIPT.parent / "outputs"
+OUTPUTS = Path("outputs")
 OUTPUTS.mkdir(exist_ok=True)
 
 reports = run_workers(str(SCRIPT))
