@@ -17,6 +17,7 @@ def test_two_processes_train_one_model_together(tmp_path):
         capture_output=True,
         text=True,
         timeout=500,
+        cwd=tmp_path,
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "JAX_PLATFORMS": "cpu"},
     )
