@@ -244,6 +244,11 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+QUICK = (
+    "A `--quick` run: each first call was measured once, which is good to about 20 %."
+)
+FULL = "Each first call is the median of three."
+
 INTRODUCTION = """\
 # Benchmarks
 
@@ -261,7 +266,9 @@ whole Jacobian), *forward* the solution alone, *first call* trace, lowering and
 compilation of the gradient. Each contestant's derivative is first compared with a NumPy
 program in float64; all are asked for the same tolerances, none of them raises
 (`throw=False`). `eqximplicit` has the default solvers, `eqximplicit, matched` is given
-the algorithm of the code by hand.
+the algorithm of the code by hand (in iMAML both are one). Where jaxopt has no solver
+for a problem (small roots, iMAML), its `custom_root` is around the solver by hand.
+
 The problems are in `benchmarks/workloads.py` and `benchmarks/bilevel.py`. Further
 scripts: `sparse.py` (2-D diffusion, too), `linear_solvers.py`, `root_finders.py`,
 `fixed_points.py`."""
@@ -270,6 +277,7 @@ scripts: `sparse.py` (2-D diffusion, too), `linear_solvers.py`, `root_finders.py
 class Extras(NamedTuple):
     """Tables beside those of the workloads."""
 
+    effort: str
     memory: str
     approximations: str
 
@@ -279,7 +287,7 @@ def page(results: Results, extras: Extras) -> str:
     limits = ", ".join(f"{name} {value}" for name, value in MEAN_LIMITS.items())
     parts = (
         INTRODUCTION,
-        f"Measured on: {machine()}",
+        f"Measured on: {machine()} {extras.effort}",
         "## What is aimed at\n\n" + targets(results),
         f"## Geometric means\n\nAimed at: {limits}.\n\n" + means(results),
         "![Ratios to code by hand](benchmarks.png)",
@@ -299,7 +307,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, metavar="FOLDER", default=Path("outputs"))
     options = parser.parse_args()
     options.page.mkdir(parents=True, exist_ok=True)
-    extras, results = Extras(memory.table(), approximations.table()), Results()
+    effort = QUICK if options.quick else FULL
+    extras = Extras(effort, memory.table(), approximations.table())
+    results = Results()
     for key in options.only:
         workload = WORKLOADS[key]()
         results[key] = workload, measure(workload, options.quick)
