@@ -451,7 +451,7 @@ def test_complex_beside_real_leaves_in_one_state():
     def residual(y, args):
         z, x = y
         a, b = args
-        return z**2 + x * jnp.conj(z) - a, x**3 + x + jnp.real(z) - b
+        return z**2 + x.astype(z.dtype) * jnp.conj(z) - a, x**3 + x + jnp.real(z) - b
 
     y = (jnp.array(0.6 + 0.3j), jnp.array(0.5))
     args = residual(y, (jnp.array(0.0j), jnp.array(0.0)))  # makes `y` a root
