@@ -4,11 +4,12 @@ A custom rule that JAX inlines there loses its derivative without a word, so eve
 is compared with the program written out.
 """
 
-import eqximplicit as eqi
 import jax
 import jax.numpy as jnp
 import optimistix as optx
 import pytest
+
+import eqximplicit as eqi
 
 TOLERANCE = 1e-9  # Newton's solutions are exact to rounding, four derivatives deep
 STEPS = 3
