@@ -56,7 +56,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def tests_slow(session: nox.Session) -> None:
     """The tests marked `slow`."""
-    session.install("-e", ".[all]", *group("tests"))
+    session.install("-e", ".[all,examples]", *group("tests"))
     pytest(session, "-m", "slow", empty_is_fine=True)
 
 
