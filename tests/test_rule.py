@@ -8,6 +8,7 @@ import jax.test_util
 import lineax as lx
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, strategies as st
 from jax.flatten_util import ravel_pytree
 from problems import (
@@ -218,8 +219,7 @@ def test_value_comes_back_bit_for_bit(y):
 
 
 def test_solution_may_be_found_by_scipy_or_any_other_means():
-    scipy_optimize = pytest.importorskip("scipy.optimize")
-    root = scipy_optimize.root(lambda y: np.asarray(ROOT.fn(y, ROOT.args)), ROOT.y0)
+    root = scipy.optimize.root(lambda y: np.asarray(ROOT.fn(y, ROOT.args)), ROOT.y0)
 
     def loss(args):
         return dot(CT_Y, eqi.implicit_solution(eqi.Root(ROOT.fn), root.x, args))
