@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool
 from ._condition import AbstractCondition, hoist, Root
 from ._custom_types import LinearSolver, PyTree
 from ._linear import differentiable_linear_solve, LinearRule
+from ._primitives import attach, flatten, Leaves, Moving, Structure, Tangent
 from ._state import (
     as_arrays,
     as_state,
@@ -31,6 +32,7 @@ from ._state import (
     real_dtype,
     select,
     stop_gradient,
+    struct_of,
     to_real,
 )
 from .linear_solvers import AutoLinearSolver
@@ -39,45 +41,23 @@ Y = TypeVar("Y")
 Args = TypeVar("Args")
 
 
-def _is_none(x: object) -> bool:
-    return x is None
-
-
 def _theta_tangent(
-    residual: Callable[[Any], PyTree[Array]], theta: Any, t_theta: Any
+    residual: Callable[[Any], PyTree[Array]], theta: Leaves, moving: Moving, t: Leaves
 ) -> PyTree[Array]:
-    """The term `∂F/∂θ · θ̇` at fixed `y`; a tangent of `None` is a zero."""
-    moves = jtu.tree_map(lambda t: t is not None, t_theta, is_leaf=_is_none)
-    moving, resting = eqx.partition(theta, moves)
-    t_moving = jtu.tree_map(lambda _, t: t, moving, t_theta)
+    """The term `∂F/∂θ · θ̇` at fixed `y`, of the leaves of `θ` that move."""
 
-    def residual_of(moving: Any) -> PyTree[Array]:
-        return residual(eqx.combine(moving, resting))
+    def residual_of(moved: Leaves) -> PyTree[Array]:
+        new = iter(moved)
+        pairs = zip(theta, moving, strict=True)
+        return residual([next(new) if moves else leaf for leaf, moves in pairs])
 
-    return jax.jvp(residual_of, (moving,), (t_moving,))[1]
-
-
-def _state_tangent(
-    residual: Callable[[Any], PyTree[Array]],
-    y: PyTree[Array],
-    t_residual: PyTree[Array],
-    rule: LinearRule,
-) -> PyTree[Array]:
-    """The solution `ẏ` of `∂F/∂y · ẏ = -Ḟ`, found in the real form of the state."""
-    dtype = real_dtype(y)
-
-    def real_residual(real_y: PyTree[Array]) -> PyTree[Array]:
-        return to_real(residual(from_real(real_y, y)), dtype)
-
-    _, mv = jax.linearize(real_residual, to_real(y, dtype))  # v ↦ ∂F/∂y · v
-    vector = jtu.tree_map(jnp.negative, to_real(t_residual, dtype))  # -∂F/∂θ · θ̇
-    return from_real(differentiable_linear_solve(mv, vector, rule), y)
+    at = [leaf for leaf, moves in zip(theta, moving, strict=True) if moves]
+    return jax.jvp(residual_of, (at,), (list(t),))[1]
 
 
 class _Attachment(eqx.Module):
-    """Everything on which the derivative of a solution depends."""
+    """Everything on which the derivative of a solution depends, beside `θ`."""
 
-    theta: tuple[AbstractCondition[Any, Any], Any]
     aux: Any
     rule: LinearRule
     elsewhere: Any
@@ -91,52 +71,36 @@ class _Attachment(eqx.Module):
             return y
         return select(self.rule.trusted, y, self.elsewhere)
 
-    def residual(self, y: Any, theta: tuple[AbstractCondition[Any, Any], Any]) -> Any:
-        condition, args = theta
-        return condition.residual(y, args, self.aux)
 
+def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent:
+    """`ẏ` from flat lists; called once JAX wants a derivative."""
+    count = len(theta.dtypes)
 
-@eqx.filter_custom_jvp
-def _bare_attach(y: Any, attachment: _Attachment) -> Any:
-    del attachment
-    return y
+    def tangent(moving: Moving, y: Leaves, rest: Leaves, t_moving: Leaves) -> Leaves:
+        theta_leaves, attached = rest[:count], attachment.restored(rest[count:])
+        at = attached.base(jtu.tree_unflatten(y_tree, y))
+        dtype, like = real_dtype(at), struct_of(at)
 
+        def residual(coefficients: Any, real_y: PyTree[Array]) -> PyTree[Array]:
+            leaves, aux = coefficients
+            condition, args = theta.restored(leaves)
+            out = condition.residual(from_real(real_y, like), args, aux)
+            return to_real(out, dtype)
 
-def _is_saved(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Everything is saved but complex numbers, which JAX (0.10) cannot save."""
-    dtypes = [x.dtype for x in operands if hasattr(x, "dtype")]
-    dtypes += [params["new_dtype"]] if "new_dtype" in params else []
-    makes_complex = getattr(primitive, "name", "") in ("complex", "fft", "eig")
-    return not makes_complex and not any(map(_is_complex, dtypes))
+        aux, real_at = attached.aux, to_real(at, dtype)
+        t_residual = _theta_tangent(
+            lambda leaves: residual((leaves, aux), real_at),
+            theta_leaves,
+            moving,
+            t_moving,
+        )
+        vector = jtu.tree_map(jnp.negative, t_residual)  # -∂F/∂θ · θ̇
+        t_y = differentiable_linear_solve(
+            residual, (list(theta_leaves), aux), real_at, vector, attached.rule
+        )
+        return jtu.tree_leaves(from_real(t_y, like))
 
-
-def _is_complex(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.complexfloating))
-
-
-# When JAX evaluates a program partially (reverse mode inside a `scan` does so twice),
-# it replaces a custom rule by the function's body, here by `y` without a derivative,
-# and reverse mode of the result is silently wrong. It leaves the body of a checkpoint
-# alone; one that saves everything recomputes nothing.
-_attach = eqx.filter_checkpoint(
-    _bare_attach,
-    prevent_cse=False,
-    policy=_is_saved,
-)
-
-
-@_bare_attach.def_jvp
-def _attach_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    y, attachment = primals
-    _, t_attachment = tangents  # y is the solver's: its own tangent is zero
-    y = _attach(y, attachment)  # y* moves with θ, so that higher derivatives are right
-    theta, t_theta = attachment.theta, t_attachment.theta
-    at = attachment.base(y)
-    t_residual = _theta_tangent(lambda th: attachment.residual(at, th), theta, t_theta)
-    t_y = _state_tangent(
-        lambda y: attachment.residual(y, theta), at, t_residual, attachment.rule
-    )
-    return y, t_y
+    return tangent
 
 
 def _linear_rule(
@@ -206,8 +170,12 @@ def implicit_solution(
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
-    theta = as_arrays((hoisted, args))
-    return _attach(y, _Attachment(theta, aux, rule, stop_gradient(elsewhere)))
+    theta_leaves, theta = flatten(as_arrays((hoisted, args)))
+    rest, attachment = flatten(_Attachment(aux, rule, stop_gradient(elsewhere)))
+    leaves, treedef = jtu.tree_flatten(y)
+    tangent = _tangent_of(treedef, theta, attachment)
+    attached = attach(leaves, theta_leaves, rest, tangent)
+    return jtu.tree_unflatten(treedef, attached)
 
 
 def root_jvp(

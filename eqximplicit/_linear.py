@@ -16,8 +16,10 @@ import lineax as lx
 from jaxtyping import Array, Bool
 
 from ._custom_types import LinearSolver, PyTree
+from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import filled, nonzero_and_finite, select, stop_gradient
+from .linear_solvers._residual import ASKED
 
 
 class LinearRule(eqx.Module):
@@ -42,11 +44,16 @@ def _solved(
 ) -> tuple[PyTree[Array], Bool[Array, ""], Bool[Array, ""]]:
     """The solution, NaN where it failed; whether `b` is not zero, and `A` is regular.
 
-    Where `b` is zero the solution is zero: Krylov solvers divide by its norm.
+    A solver of ours has measured its answer; of any other, Krylov solvers divide by the
+    norm of `b`, and some call an answer good that is not finite.
     """
-    solution, result, _ = rule.solver.compute(state, vector, options)
-    asked, finite = nonzero_and_finite(vector, solution)
-    ok = finite & rule.trusted & is_successful(result)
+    solution, result, stats = rule.solver.compute(state, vector, options)
+    ok = jnp.asarray(is_successful(result)) & rule.trusted
+    if ASKED in stats:
+        asked = stats[ASKED]
+    else:
+        asked, finite = nonzero_and_finite(vector, solution)
+        ok = ok & finite
     regular = jnp.asarray(result != lx.RESULTS.singular) & rule.trusted
     return select(ok, solution, filled(solution, jnp.nan)), asked, regular
 
@@ -67,30 +74,26 @@ def _cotangent(
     return select(asked, solution, filled(solution, 0))
 
 
-def _joined(tree: PyTree[Array]) -> PyTree[Array]:
-    # The transpose rule of `custom_linear_solve` wants all leaves of a right-hand side,
-    # `b`, `Ȧx` or `Ȧᵀx`, to depend on θ as soon as one does. One primitive joins them.
-    several = len(jtu.tree_leaves(tree)) > 1
-    return jax.lax.optimization_barrier(tree) if several else tree
-
-
 def differentiable_linear_solve(
-    mv: Callable[[PyTree[Array]], PyTree[Array]],
+    residual: Callable[[Any, PyTree[Array]], PyTree[Array]],
+    coefficients: Any,
+    at: PyTree[Array],
     vector: PyTree[Array],
     rule: LinearRule,
 ) -> PyTree[Array]:
-    r"""The solution `x` of `A x = b` for the linear map `A = mv`, in any AD mode.
+    r"""The solution `x` of `A x = b` for `A = ∂residual/∂y`, in any AD mode.
 
-    `jax.lax.custom_linear_solve` supplies the derivative
+    It has the derivative
 
         ẋ  =  A⁻¹ (ḃ - Ȧ x)        b̄  =  A⁻ᵀ x̄        Ā  =  -b̄ xᵀ
 
-    and calls the solver once more for each. What the solver computes from `A` alone (a
+    each of them a solve of the same kind. What the solver computes from `A` alone (a
     factorisation) is computed once, and serves every right-hand side and the transpose.
 
     **Arguments:**
 
-    - `mv`: a linear map on pytrees of the structure of `vector`, of one real dtype.
+    - `residual`: `(coefficients, y)` to a pytree like `vector`, of one real dtype.
+    - `coefficients`, `at`: where the residual is linearised; `A` depends on both.
     - `vector`: the right-hand side `b`.
     - `rule`: the linear solver, its options, the tags of `A`, and whether to trust it.
 
@@ -98,23 +101,35 @@ def differentiable_linear_solve(
     solution is not finite, or `rule.trusted` is false. A zero `b` is answered by zero:
     always in the transposed solve, in the forward one unless the operator is singular.
     """
+    c_leaves, linearised_at = flatten((coefficients, at))
+    b_leaves, b_tree = jtu.tree_flatten(vector)
+
+    # The factorisation carries no derivative: that of A enters through `apply`.
+    frozen, y = stop_gradient((coefficients, at))
+    _, mv = jax.linearize(lambda y: residual(frozen, y), y)
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
     operator = lx.FunctionLinearOperator(mv, structure, rule.tags)
-    # The factorisation carries no derivative: that of A enters through `operator.mv`.
-    frozen: lx.AbstractLinearOperator = stop_gradient(operator)
-    state = stop_gradient(rule.solver.init(frozen, rule.options))
+    state = rule.solver.init(operator, rule.options)
+    f_leaves, factors = flatten((rule, state))
 
-    def solve(_: Any, b: PyTree[Array]) -> PyTree[Array]:
-        return _tangent(rule, state, rule.options, b)
+    def apply(leaves: Leaves, v: Leaves) -> Leaves:
+        coefficients, y = linearised_at.restored(leaves)
+        tangent = jtu.tree_unflatten(b_tree, v)
+        image = jax.jvp(lambda y: residual(coefficients, y), (y,), (tangent,))[1]
+        return jtu.tree_leaves(image)
 
-    def transpose_solve(_: Any, b: PyTree[Array]) -> PyTree[Array]:
+    def solve(leaves: Leaves, b: Leaves) -> Leaves:
+        rule, state = factors.restored(leaves)
+        right = jtu.tree_unflatten(b_tree, b)
+        return jtu.tree_leaves(_tangent(rule, state, rule.options, right))
+
+    def solve_transposed(leaves: Leaves, b: Leaves) -> Leaves:
+        rule, state = factors.restored(leaves)
         transposed, options = rule.solver.transpose(state, rule.options)
-        return _cotangent(rule, transposed, options, b)
+        right = jtu.tree_unflatten(b_tree, b)
+        return jtu.tree_leaves(_cotangent(rule, transposed, options, right))
 
-    return jax.lax.custom_linear_solve(
-        lambda x: _joined(operator.mv(_joined(x))),
-        _joined(vector),
-        solve,
-        transpose_solve,
-    )
+    system = LinearSystem(apply, solve, solve_transposed)
+    x = linear_solve(f_leaves, c_leaves, b_leaves, system)
+    return jtu.tree_unflatten(b_tree, x)

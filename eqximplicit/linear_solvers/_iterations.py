@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
-from ._residual import add, dot, epsilon, minus, scale, where, zeros_like
+from ._residual import add, dot, epsilon, minus, scale, where, within, zeros_like
 
 Vector = PyTree[Array]
 
@@ -26,17 +26,25 @@ CYCLE_RATE = 0.9
 
 
 class System(eqx.Module):
-    """`A x = b`, to be solved to `‖b - A x‖ ≤ tol` in at most `max_steps` products."""
+    """`A x = b`, to be solved to `‖b - A x‖ ≤ rtol ‖b‖ + atol`.
+
+    At most `max_steps` products are taken; `bb` is `‖b‖²`.
+    """
 
     mv: Callable[[Vector], Vector]
     precondition: Callable[[Vector], Vector]
     b: Vector
-    tol: Float[Array, ""]
+    bb: Float[Array, ""]
+    rtol: float | Float[Array, ""]
+    atol: float | Float[Array, ""]
     max_steps: int = eqx.field(static=True)
 
     def solved(self, rr: Float[Array, ""]) -> Bool[Array, ""]:
-        """Whether a squared residual norm is small enough; a NaN is not."""
-        return rr <= self.tol**2
+        """Whether a squared residual norm is small enough; a NaN is not.
+
+        From `‖b‖²` each time: a tolerance that is carried into a loop is a kernel.
+        """
+        return within(rr, self.bb, self.rtol, self.atol)
 
 
 class Iterate(eqx.Module):
@@ -51,36 +59,52 @@ class Iterate(eqx.Module):
 def start(system: System, x: Vector | None) -> Iterate:
     """The iterate at a warm start, or at zero, which needs no product."""
     if x is None:
-        r, x = system.b, zeros_like(system.b)
-        return Iterate(x, r, dot(r, r), jnp.asarray(0))
+        return Iterate(zeros_like(system.b), system.b, system.bb, jnp.asarray(0))
     r = minus(system.b, system.mv(x))
     return Iterate(x, r, dot(r, r), jnp.asarray(1))
 
 
-def picard(system: System, first: Iterate) -> Iterate:
-    r"""Iterates `x ← x + M (b - A x)` as long as it contracts well.
+class _Picard(eqx.Module):
+    """Two iterates in a row, of which the residual of the first is known."""
 
-    The residual is that of `x` itself, never a recurrence. A step that does not
-    shrink it is taken back.
+    x: Vector
+    ahead: Vector
+    rr: Float[Array, ""]
+    before: Float[Array, ""]  # of the iterate before
+    steps: Int[Array, ""]
+
+
+def picard(
+    system: System,
+    warm: Vector | None,
+    goes_on: Callable[[Float[Array, ""], Float[Array, ""]], Bool[Array, ""]],
+) -> Iterate:
+    r"""Iterates `x ← x + M (b - A x)` as long as `goes_on(rr, rr_before)`.
+
+    The residual is that of `x` itself, never a recurrence, and costs no product of its
+    own: that of `x` yields the next iterate. In the iterate returned, `r` is `M r`.
     """
+    first = start(system, warm)
 
-    def unfinished(carry: tuple[Iterate, Bool[Array, ""]]) -> Bool[Array, ""]:
-        it, contracting = carry
-        return contracting & ~system.solved(it.rr) & (it.steps < system.max_steps)
+    def unfinished(c: _Picard) -> Bool[Array, ""]:
+        wanted = ~system.solved(c.rr) & (c.steps < system.max_steps)
+        return wanted & goes_on(c.rr, c.before)
 
-    def step(
-        carry: tuple[Iterate, Bool[Array, ""]],
-    ) -> tuple[Iterate, Bool[Array, ""]]:
-        it, _ = carry
-        x = add(it.x, system.precondition(it.r))
-        r = minus(system.b, system.mv(x))
-        rr, better = dot(r, r), dot(r, r) < it.rr
-        x, r = where(better, (x, r), (it.x, it.r))
-        contracting = rr <= PICARD_RATE**2 * it.rr
-        return Iterate(x, r, jnp.where(better, rr, it.rr), it.steps + 1), contracting
+    def step(c: _Picard) -> _Picard:
+        r = minus(system.b, system.mv(c.ahead))
+        ahead = add(c.ahead, system.precondition(r))
+        return _Picard(c.ahead, ahead, dot(r, r), c.rr, c.steps + 1)
 
-    usable = jnp.isfinite(first.rr)
-    return jax.lax.while_loop(unfinished, step, (first, usable))[0]
+    ahead = add(first.x, system.precondition(first.r))
+    infinite = jnp.full_like(first.rr, jnp.inf)
+    begun = _Picard(first.x, ahead, first.rr, infinite, first.steps)
+    last = jax.lax.while_loop(unfinished, step, begun)
+    return Iterate(last.x, minus(last.ahead, last.x), last.rr, last.steps)
+
+
+def contracts(rr: Float[Array, ""], before: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a step has shrunk the residual as well as a Krylov step would."""
+    return rr <= PICARD_RATE**2 * before
 
 
 class _CG(eqx.Module):

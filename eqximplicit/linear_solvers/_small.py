@@ -1,17 +1,104 @@
-"""Closed-form inverses of 1 x 1, 2 x 2 and 3 x 3 matrices, by cofactors.
+"""Systems of at most three unknowns in closed form, on scalars.
 
-LAPACK is called once per lane under `vmap`; these are elementwise, so that a batch is
-one fused loop: 10 000 systems of 2 x 2 in 40 us, where an LU takes 2200-3000 us
-(`benchmarks/linear_solvers.py`).
+LAPACK is called once per lane under `vmap`, and a matrix of shape (2, 2) per lane is
+strided memory. These are scalars, and so one long vector each for a batch, and nothing
+but arithmetic: XLA makes a few loops of it.
 """
 
+import functools
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from .._custom_types import PyTree, ShapeDtypeStruct
 
 LARGEST = 3
 
+Scalars = list[Array]
+Rows = list[list[Array]]
 
-def _cofactors(a: list[list[Array]]) -> tuple[list[list[Array]], Array, Array]:
+
+def entries(tree: PyTree[Array]) -> Scalars:
+    """The entries of all leaves, each of shape `()`."""
+    return [x for leaf in jtu.tree_leaves(tree) for x in _apart(leaf)]
+
+
+def _apart(leaf: Array) -> Scalars:
+    if leaf.shape == ():
+        return [leaf]
+    flat = jax.lax.reshape(leaf, (leaf.size,))
+    return [jax.lax.index_in_dim(flat, i, keepdims=False) for i in range(leaf.size)]
+
+
+def from_entries(scalars: Scalars, like: PyTree[Any]) -> PyTree[Array]:
+    """The pytree of the shapes of `like` whose `entries` are `scalars`."""
+    leaves, treedef = jtu.tree_flatten(like)
+    start, out = 0, list[Array]()
+    for leaf in leaves:
+        stop = start + math.prod(leaf.shape)
+        out.append(_together(scalars[start:stop], leaf.shape))
+        start = stop
+    return jtu.tree_unflatten(treedef, out)
+
+
+def _together(scalars: Scalars, shape: tuple[int, ...]) -> Array:
+    # A choice by index is part of the loop around it; a concatenation is not.
+    if shape == ():
+        return scalars[0]
+    first, *others = scalars
+    out = jnp.broadcast_to(first, (len(scalars),))
+    for i, scalar in enumerate(others, 1):
+        here = np.arange(len(scalars)) == i
+        out = jax.lax.select(here, jnp.broadcast_to(scalar, out.shape), out)
+    return jax.lax.reshape(out, shape)
+
+
+def rows_of(operator: lx.AbstractLinearOperator) -> Rows:
+    """The entries of the matrix of an operator: `n` products with unit vectors."""
+    struct = operator.in_structure()
+    units = np.eye(operator.in_size(), dtype=jtu.tree_leaves(struct)[0].dtype)
+    columns = [entries(operator.mv(_unit(unit, struct))) for unit in units]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _unit(unit: Any, struct: PyTree[ShapeDtypeStruct]) -> PyTree[Array]:
+    leaves, treedef = jtu.tree_flatten(struct)
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    parts = np.split(unit, np.cumsum(sizes)[:-1])
+    shaped = [
+        jnp.asarray(part.reshape(leaf.shape))
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, shaped)
+
+
+def _sum(scalars: Scalars) -> Array:
+    return functools.reduce(jnp.add, scalars)
+
+
+def times(rows: Rows, x: Scalars) -> Scalars:
+    """The product of a matrix and a vector."""
+    return [_sum([a * b for a, b in zip(row, x, strict=True)]) for row in rows]
+
+
+def transposed(rows: Rows) -> Rows:
+    """The transposed matrix."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def square(x: Scalars) -> Float[Array, ""]:
+    """The square of the Euclidean norm."""
+    return _sum([a * a for a in x])
+
+
+def _cofactors(a: Rows) -> tuple[Rows, Array, Array]:
     # The adjugate, the determinant, and the sum of the absolute values of its terms.
     if len(a) == 1:
         return [[jnp.ones_like(a[0][0])]], a[0][0], jnp.abs(a[0][0])
@@ -20,44 +107,88 @@ def _cofactors(a: list[list[Array]]) -> tuple[list[list[Array]], Array, Array]:
         return [[s, -q], [-r, p]], p * s - q * r, jnp.abs(p * s) + jnp.abs(q * r)
     index = range(3)
     adjugate = [[_minor(a, j, i) for j in index] for i in index]
-    determinant = sum(
-        (a[0][j] * adjugate[j][0] for j in index), jnp.zeros_like(a[0][0])
-    )
-    size = sum((_size(a, j) for j in index), jnp.zeros_like(a[0][0]))
-    return adjugate, determinant, size
+    determinant = _sum([a[0][j] * adjugate[j][0] for j in index])
+    return adjugate, determinant, _sum([_size(a, j) for j in index])
 
 
-def _minor(a: list[list[Array]], row: int, col: int) -> Array:
+def _minor(a: Rows, row: int, col: int) -> Array:
     # Cyclic indices carry the sign (-1)^(row + col).
     r0, r1, c0, c1 = (row + 1) % 3, (row + 2) % 3, (col + 1) % 3, (col + 2) % 3
     return a[r0][c0] * a[r1][c1] - a[r0][c1] * a[r1][c0]
 
 
-def _size(a: list[list[Array]], col: int) -> Array:
+def _size(a: Rows, col: int) -> Array:
     c0, c1 = (col + 1) % 3, (col + 2) % 3
     terms = jnp.abs(a[1][c0] * a[2][c1]) + jnp.abs(a[1][c1] * a[2][c0])
     return jnp.abs(a[0][col]) * terms
 
 
-def small_inverse(
-    matrix: Float[Array, "n n"],
-) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+def _inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
+    """A power of two that takes a positive number to between 1 and 2.
+
+    By the bits of its exponent: exact, and no division, of which XLA makes a kernel.
+    """
+    info = jnp.finfo(size.dtype)
+    integer = jnp.dtype(f"int{info.bits}")
+    largest = jnp.asarray(((1 << info.nexp) - 2) << info.nmant, integer)
+    mask = jnp.asarray(((1 << info.nexp) - 1) << info.nmant, integer)
+    exponent = jax.lax.bitcast_convert_type(size, integer) & mask
+    return jax.lax.bitcast_convert_type(largest - exponent, size.dtype)
+
+
+def inverse(rows: Rows) -> tuple[Rows, Float[Array, ""]]:
     r"""The inverse of a matrix with `n <= 3`, and how much of its determinant is left.
 
     The second value is $|\det A|$ over the sum of the absolute values of the terms of
     $\det A$: between 0 (singular) and 1, and unchanged when rows or columns are scaled.
     Rounding leaves about machine epsilon of it for a singular matrix.
     """
-    n = matrix.shape[0]
-    # Unit largest entries, so that products of three neither over- nor underflow.
-    rows = _unit_if_zero(jnp.max(jnp.abs(matrix), axis=1, keepdims=True))
-    cols = _unit_if_zero(jnp.max(jnp.abs(matrix / rows), axis=0, keepdims=True))
-    scaled = matrix / rows / cols
-    entries = [[scaled[i, j] for j in range(n)] for i in range(n)]
-    adjugate, determinant, size = _cofactors(entries)
-    inverse = jnp.stack([jnp.stack(row) for row in adjugate]) / determinant
-    return inverse / rows.T / cols.T, jnp.abs(determinant) / size
+    # Rows of sizes near one, so that products of three neither over- nor underflow.
+    sizes = [functools.reduce(jnp.maximum, map(jnp.abs, row)) for row in rows]
+    units = [_inverse_power(size) for size in sizes]
+    scaled = [[u * a for a in row] for u, row in zip(units, rows, strict=True)]
+    adjugate, determinant, size = _cofactors(scaled)
+    factor = 1 / determinant
+    inverse = [
+        [factor * a * u for a, u in zip(row, units, strict=True)] for row in adjugate
+    ]
+    return inverse, jnp.abs(determinant) / size
 
 
-def _unit_if_zero(x: Array) -> Array:
-    return jnp.where(x == 0, 1, x)
+class SmallState(eqx.Module):
+    """A matrix and its inverse, by entries."""
+
+    rows: Rows
+    inverse: Rows
+    regular: Bool[Array, ""]
+
+    def transpose(self) -> "SmallState":
+        return SmallState(transposed(self.rows), transposed(self.inverse), self.regular)
+
+
+class SmallSolution(eqx.Module):
+    """The solution of a small system, with the squared norms that judge it."""
+
+    x: PyTree[Array]
+    rr: Float[Array, ""]
+    bb: Float[Array, ""]
+
+
+def small_state(operator: lx.AbstractLinearOperator, limit: float) -> SmallState:
+    """The inverse, regular where more than `limit` of the determinant is left."""
+    rows = rows_of(operator)
+    inverse_rows, health = inverse(rows)
+    return SmallState(rows, inverse_rows, health > limit)
+
+
+def small_solution(state: SmallState, vector: PyTree[Array]) -> SmallSolution:
+    """The product with the inverse, and what it leaves of the right-hand side."""
+    b = entries(vector)
+    x = times(state.inverse, b)
+    left = [bi - ai for bi, ai in zip(b, times(state.rows, x), strict=True)]
+    return SmallSolution(from_entries(x, vector), square(left), square(b))
+
+
+def dense(rows: Rows) -> Float[Array, "n n"]:
+    """The matrix as an array."""
+    return jnp.stack([jnp.stack(row) for row in rows])

@@ -10,7 +10,17 @@ import lineax as lx
 from jaxtyping import Array, Bool
 
 from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree, ShapeDtypeStruct
-from ._residual import Answer, check_bytes, epsilon, measured, minus, norm, structure
+from ._residual import (
+    Answer,
+    ASKED,
+    check_bytes,
+    dot,
+    epsilon,
+    measured,
+    minus,
+    norm,
+    structure,
+)
 from .dense import residual_limit, singular_below
 
 
@@ -82,9 +92,9 @@ class Checked(AbstractLinearSolver[CheckedState]):
         """Returns the solution, its result, and its measured `residual_norm`."""
         x, claimed, stats = self.solver.compute(state.inner, vector, options)
         rtol = residual_limit(epsilon(vector)) if self.rtol is None else self.rtol
-        r_norm = norm(minus(vector, state.operator.mv(x)))
-        x, result, own = measured(x, vector, r_norm, rtol=rtol)
-        good = (result == lx.RESULTS.successful) & (norm(vector) > 0)
+        r, bb = minus(vector, state.operator.mv(x)), dot(vector, vector)
+        x, result, own = measured(x, dot(r, r), bb, rtol=rtol)
+        good = (result == lx.RESULTS.successful) & own[ASKED]
         result = lx.RESULTS.where(good, claimed, result)
         result = lx.RESULTS.where(state.regular, result, lx.RESULTS.singular)
         return x, result, {**stats, **own}

@@ -1,5 +1,6 @@
 """Direct solves of a materialised system that know when the system is singular."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -14,12 +15,13 @@ from ._residual import (
     Answer,
     any_lane,
     check_bytes,
+    dot,
     epsilon,
     measured,
     norm,
     structure,
 )
-from ._small import LARGEST, small_inverse
+from ._small import dense, inverse, LARGEST, small_solution, small_state, SmallState
 
 # A solution keeps about a third of its digits when the condition number is eps^(-2/3).
 # Beyond that a system counts as singular, in every test below. Measured on random
@@ -93,16 +95,16 @@ def _substitute(
 
 
 class LUState(eqx.Module):
-    """A factorised matrix; `factor` is its inverse for `n <= 3`."""
+    """A factorised matrix: `matrix[rows] = L U`."""
 
     matrix: Float[Array, "n n"]
     factor: Float[Array, "n n"]
-    rows: Int[Array, " n"] | None  # `matrix[rows] = L U`
+    rows: Int[Array, " n"]
     regular: Bool[Array, ""]
     transposed: bool = eqx.field(static=True)
 
 
-class DirectLU(AbstractLinearSolver[LUState]):
+class DirectLU(AbstractLinearSolver[LUState | SmallState]):
     r"""LU with partial pivoting that refuses a singular matrix; closed form, `n <= 3`.
 
     The result is `lx.RESULTS.singular` where elimination has cancelled a pivot to less
@@ -120,48 +122,48 @@ class DirectLU(AbstractLinearSolver[LUState]):
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
-    ) -> LUState:
+    ) -> LUState | SmallState:
         """Returns the factors of the matrix of `operator`, computed once."""
         del options
-        eps = epsilon(structure(operator))
+        limit = singular_below(epsilon(structure(operator)))
+        if operator.in_size() <= LARGEST:
+            return small_state(operator, limit)
         matrix = materialised(operator, self.max_bytes, "DirectLU")
-        if matrix.shape[0] <= LARGEST:
-            inverse, health = small_inverse(matrix)
-            return LUState(matrix, inverse, None, health > singular_below(eps), False)
         lu, _, rows = jax.lax.linalg.lu(matrix)
-        regular = _pivot_health(lu) > singular_below(eps)
-        return LUState(matrix, lu, rows, regular, False)
+        return LUState(matrix, lu, rows, _pivot_health(lu) > limit, False)
 
     def compute(
-        self, state: LUState, vector: PyTree[Array], options: dict[str, Any]
+        self,
+        state: LUState | SmallState,
+        vector: PyTree[Array],
+        options: dict[str, Any],
     ) -> Answer:
         """Returns the solution, its result, and its measured `residual_norm`."""
         del options
-        b, unravel = ravel_pytree(vector)
-        matrix = state.matrix.T if state.transposed else state.matrix
-        if state.rows is None:
-            x = _matvec(state.factor.T if state.transposed else state.factor, b)
-        else:
-            x = _substitute(state.factor, state.rows, b, state.transposed)
-        x = jnp.where(norm(b) == 0, jnp.zeros_like(b), x)
         limit = residual_limit(epsilon(vector))
-        r_norm = norm(b - _matvec(matrix, x))
-        _, result, stats = measured(x, b, r_norm, rtol=limit)
-        result = lx.RESULTS.where(state.regular, result, lx.RESULTS.singular)
-        return unravel(x), result, stats
+        if isinstance(state, SmallState):
+            found = small_solution(state, vector)
+            x, rr, bb = found.x, found.rr, found.bb
+        else:
+            b, unravel = ravel_pytree(vector)
+            matrix = state.matrix.T if state.transposed else state.matrix
+            solution = _substitute(state.factor, state.rows, b, state.transposed)
+            r = b - _matvec(matrix, solution)
+            x, rr, bb = unravel(solution), dot(r, r), dot(b, b)
+        x, result, stats = measured(x, rr, bb, rtol=limit)
+        return x, lx.RESULTS.where(state.regular, result, lx.RESULTS.singular), stats
 
     def transpose(
-        self, state: LUState, options: dict[str, Any]
-    ) -> tuple[LUState, dict[str, Any]]:
+        self, state: LUState | SmallState, options: dict[str, Any]
+    ) -> tuple[LUState | SmallState, dict[str, Any]]:
         """Returns the state of the transposed matrix: the same factors."""
-        flipped = not state.transposed
-        return LUState(
-            state.matrix, state.factor, state.rows, state.regular, flipped
-        ), options
+        if isinstance(state, SmallState):
+            return state.transpose(), options
+        return dataclasses.replace(state, transposed=not state.transposed), options
 
     def conj(
-        self, state: LUState, options: dict[str, Any]
-    ) -> tuple[LUState, dict[str, Any]]:
+        self, state: LUState | SmallState, options: dict[str, Any]
+    ) -> tuple[LUState | SmallState, dict[str, Any]]:
         """Returns the same state: matrices are real."""
         return state, options
 
@@ -265,7 +267,7 @@ class DirectSymmetric(AbstractLinearSolver[SymmetricState]):
         # space: the gradient at a minimum, say, the cotangent of the objective there.
         atol = NOISE * eps * jnp.linalg.norm(state.matrix)
         _, result, stats = measured(
-            x, b, norm(judged), rtol=rtol.astype(b.dtype), atol=atol
+            x, dot(judged, judged), dot(b, b), rtol=rtol.astype(b.dtype), atol=atol
         )
         stats |= {"residual_norm": norm(residual), "singular": ~state.regular}
         return unravel(state.sign * x), result, stats
@@ -292,7 +294,8 @@ def _definite_factor(
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     # The health is NaN, and so fails every comparison, if there is no such factor.
     if matrix.shape[0] <= LARGEST:
-        return small_inverse(matrix)
+        rows, health = inverse([list(row) for row in matrix])
+        return dense(rows), health
     factor = jnp.linalg.cholesky(matrix)
     return factor, jnp.min(jnp.diag(factor) ** 2 / jnp.diag(matrix))
 

@@ -15,6 +15,7 @@ from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
+    contracts,
     Iterate,
     picard,
     start,
@@ -23,15 +24,17 @@ from ._iterations import (
 from ._residual import (
     Answer,
     any_lane,
+    dot,
     epsilon,
     measured,
-    norm,
+    minus,
     require_like,
     scale,
     size,
     structure,
     transposed_options,
     where,
+    zeros_like,
 )
 from .dense import consistency_limit
 
@@ -57,7 +60,7 @@ class KrylovState(eqx.Module):
 
 class _Outcome(eqx.Module):
     x: PyTree[Array]
-    residual_norm: Float[Array, ""]
+    rr: Float[Array, ""]
     steps: Int[Array, ""]
     direct: Bool[Array, ""]  # whether the direct solver answered,
     failed: Bool[Array, ""]  # and could not
@@ -125,8 +128,8 @@ class HybridKrylov(AbstractLinearSolver[KrylovState]):
         accepted = consistency_limit(eps) if self.rtol is None else 2 * self.rtol
         x, result, stats = measured(
             outcome.x,
-            vector,
-            outcome.residual_norm,
+            outcome.rr,
+            dot(vector, vector),
             rtol=accepted,
             atol=2 * self.atol,
             failure=lx.RESULTS.stagnation,
@@ -166,7 +169,9 @@ class HybridKrylov(AbstractLinearSolver[KrylovState]):
             mv=operator.mv if sign == 1 else lambda v: scale(-1, operator.mv(v)),
             precondition=_precondition(preconditioner, sign),
             b=vector if sign == 1 else scale(-1, vector),
-            tol=rtol * norm(vector) + self.atol,
+            bb=dot(vector, vector),
+            rtol=rtol,
+            atol=self.atol,
             max_steps=self.max_steps,
         )
 
@@ -174,11 +179,13 @@ class HybridKrylov(AbstractLinearSolver[KrylovState]):
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
     ) -> _Outcome:
         system = self._system(state, vector, options)
-        quick = conjugate_gradient if state.symmetric else picard
-        it = quick(system, start(system, options.get("y0")))
+        if state.symmetric:
+            it = conjugate_gradient(system, start(system, options.get("y0")))
+        else:
+            it = picard(system, options.get("y0"), contracts)
         no = jnp.asarray(False)
-        need = ~system.solved(it.rr) & jnp.isfinite(norm(vector))
-        first = _Outcome(it.x, jnp.sqrt(it.rr), it.steps, no, no)
+        need = ~system.solved(it.rr) & jnp.isfinite(system.bb)
+        first = _Outcome(it.x, it.rr, it.steps, no, no)
         if self.fallback is None:
             return jax.lax.cond(
                 any_lane(need), lambda: self._continue(system, it), lambda: first
@@ -195,8 +202,11 @@ class HybridKrylov(AbstractLinearSolver[KrylovState]):
     def _continue(self, system: System, it: Iterate) -> _Outcome:
         system = dataclasses.replace(system, max_steps=2 * self.max_steps)
         restart = min(self.restart, size(system.b))
-        it, no = conjugate_residual(system, it, restart), jnp.asarray(False)
-        return _Outcome(it.x, jnp.sqrt(it.rr), it.steps, no, no)
+        it, no = (
+            conjugate_residual(system, _sane(system, it), restart),
+            jnp.asarray(False),
+        )
+        return _Outcome(it.x, it.rr, it.steps, no, no)
 
     def _solve_lane_or_columns(
         self, state: KrylovState, vector: PyTree[Array]
@@ -234,6 +244,14 @@ class HybridKrylov(AbstractLinearSolver[KrylovState]):
         return solve(arrays, vector)
 
 
+def _sane(system: System, it: Iterate) -> Iterate:
+    """The iterate with its residual; zero instead, if that is better."""
+    better = it.rr <= system.bb
+    x = where(better, it.x, zeros_like(it.x))
+    r = minus(system.b, system.mv(x))
+    return Iterate(x, r, dot(r, r), it.steps + 1)
+
+
 def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -> Any:
     if preconditioner is None:
         return lambda r: r
@@ -250,7 +268,7 @@ def _direct(
     x, result, stats = solver.compute(factors, vector, options)
     yes = jnp.asarray(True)
     failed = result != lx.RESULTS.successful
-    return _Outcome(x, stats["residual_norm"], steps, yes, failed)
+    return _Outcome(x, stats["residual_norm"] ** 2, steps, yes, failed)
 
 
 def _columns(

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from .._custom_types import AbstractLinearSolver, PyTree
-from ._residual import Answer, epsilon, measured, norm
+from ._residual import Answer, dot, epsilon, measured, norm
 from ._spectral import decompose, lost, SpectralState, Structure, structure_key
 from .dense import consistency_limit, MAX_BYTES
 
@@ -72,7 +72,8 @@ class LeastNorm(AbstractLinearSolver[LeastNormState]):
         judged = lost(spectrum, r) if project else norm(r)
         # With a large `rcond`, the values that were dropped remain in the residual.
         rtol = max(consistency_limit(eps), rcond if project else 0)
-        x, result, stats = measured(x, b, judged, rtol=rtol, rank=jnp.sum(keep))
+        rank = jnp.sum(keep)
+        x, result, stats = measured(x, judged**2, dot(b, b), rtol=rtol, rank=rank)
         return spectrum.lay_out(x), result, stats | {"residual_norm": norm(r)}
 
     def transpose(

@@ -6,9 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from .._custom_types import AbstractLinearSolver, PyTree
+from ._iterations import picard, System
 from ._residual import (
     add,
     Answer,
@@ -22,13 +23,11 @@ from ._residual import (
     scale,
     structure,
     transposed_options,
-    zeros_like,
 )
 from .krylov import default_rtol
 
 Vector = PyTree[Array]
-# The iterate, its residual, the norm of that, and the products so far.
-_Carry = tuple[Vector, Vector, Float[Array, ""], Int[Array, ""]]
+_LIMIT = 1e7
 
 
 class NeumannState(eqx.Module):
@@ -147,40 +146,32 @@ class Neumann(AbstractLinearSolver[NeumannState]):
         self, state: NeumannState, vector: Vector, options: dict[str, Any]
     ) -> Answer:
         rtol = default_rtol(epsilon(vector)) if self.rtol is None else self.rtol
-        b_norm = norm(vector)
-        tol = rtol * b_norm + self.atol
+        system = System(
+            mv=state.operator.mv,
+            precondition=lambda r: self._increment(r, options),
+            b=vector,
+            bb=dot(vector, vector),
+            rtol=rtol,
+            atol=self.atol,
+            max_steps=self.max_steps,
+        )
         # Ten million times the start: it diverges, and will not come back.
-        limit = 1e7 * b_norm
-
-        def unfinished(carry: _Carry) -> Any:
-            _, _, r_norm, steps = carry
-            return (r_norm > tol) & (r_norm <= limit) & (steps < self.max_steps)
-
-        def step(carry: _Carry) -> _Carry:
-            x, r, _, steps = carry
-            x = add(x, self._increment(r, options))
-            r = minus(vector, state.operator.mv(x))
-            return x, r, jnp.sqrt(dot(r, r)), steps + 1
-
-        first = options.get("y0", zeros_like(vector))
-        r = minus(vector, state.operator.mv(first)) if "y0" in options else vector
-        x, _, r_norm, steps = jax.lax.while_loop(
-            unfinished, step, (first, r, norm(r), jnp.asarray(0))
+        it = picard(
+            system, options.get("y0"), lambda rr, _: rr <= _LIMIT**2 * system.bb
         )
         full = lx.RESULTS.where(
-            steps >= self.max_steps,
+            it.steps >= self.max_steps,
             lx.RESULTS.max_steps_reached,
             lx.RESULTS.breakdown,
         )
-        # The residual measured in the last step is that of `x`: what was asked for.
         return measured(
-            x,
-            vector,
-            r_norm,
+            it.x,
+            it.rr,
+            system.bb,
             rtol=rtol,
             atol=self.atol,
             failure=full,
-            num_steps=steps,
+            num_steps=it.steps,
         )
 
     def transpose(

@@ -10,6 +10,7 @@ from .._custom_types import AbstractLinearSolver, PyTree
 from ._residual import (
     Answer,
     approximate,
+    dot,
     measured,
     minus,
     norm,
@@ -90,7 +91,8 @@ class NormalCG(AbstractLinearSolver[NormalCGState]):
         r_norm, steps = norm(minus(vector, state.operator.mv(x))), stats["num_steps"]
         if self.max_steps is not None:
             return approximate(x, vector, r_norm, num_steps=steps)
-        return measured(x, vector, r_norm, rtol=self.accept, num_steps=steps)
+        bb = dot(vector, vector)
+        return measured(x, r_norm**2, bb, rtol=self.accept, num_steps=steps)
 
     def transpose(
         self, state: NormalCGState, options: dict[str, Any]
