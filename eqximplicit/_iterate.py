@@ -185,6 +185,7 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
         done, optx.RESULTS.successful, optx.RESULTS.nonlinear_max_steps_reached
     )
     successful = is_successful(result)
+    trusted = done & successful
     result = (
         out_of_steps
         if successful is True
@@ -200,8 +201,10 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
         run.fn.tags,
         result,
     )
-    reported = as_results(stats.pop("result", result))
-    trusted = jnp.asarray(is_successful(reported))
+    verdict = stats.pop("result", None)  # the solver may have one of its own
+    reported = as_results(result if verdict is None else verdict)
+    if verdict is not None:
+        trusted = jnp.asarray(is_successful(reported))
     stats = {"num_steps": carry.num_steps, **stats}
     if run.watch is not None:
         stats |= run.watch.stats(carry.record, carry.num_steps)

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool
 from ._custom_types import LinearSolver, PyTree
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
-from ._state import filled, nonzero_and_finite, select, stop_gradient
-from .linear_solvers._residual import ASKED
+from ._state import nonzero_and_finite, stop_gradient
+from .linear_solvers._measured import AbstractMeasuredSolver, Measured
 
 
 class LinearRule(eqx.Module):
@@ -39,39 +39,42 @@ class LinearRule(eqx.Module):
     trusted: Bool[Array, ""]
 
 
-def _solved(
+def _answer(
     rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
-) -> tuple[PyTree[Array], Bool[Array, ""], Bool[Array, ""]]:
-    """The solution, NaN where it failed; whether `b` is not zero, and `A` is regular.
+) -> Measured:
+    """The solution and what it is worth.
 
     A solver of ours has measured its answer; of any other, Krylov solvers divide by the
     norm of `b`, and some call an answer good that is not finite.
     """
-    solution, result, stats = rule.solver.compute(state, vector, options)
-    ok = jnp.asarray(is_successful(result)) & rule.trusted
-    if ASKED in stats:
-        asked = stats[ASKED]
-    else:
-        asked, finite = nonzero_and_finite(vector, solution)
-        ok = ok & finite
-    regular = jnp.asarray(result != lx.RESULTS.singular) & rule.trusted
-    return select(ok, solution, filled(solution, jnp.nan)), asked, regular
+    if isinstance(rule.solver, AbstractMeasuredSolver):
+        return rule.solver.answer(state, vector, options)
+    x, result, stats = rule.solver.compute(state, vector, options)
+    asked, finite = nonzero_and_finite(vector, x)
+    return Measured(x, asked, finite & is_successful(result), result, stats)
+
+
+def _solved(rule: LinearRule, found: Measured, nan: Bool[Array, ""]) -> PyTree[Array]:
+    """The solution where it is one, else NaN or zero: one choice for each entry."""
+    keep, other = found.good & found.asked & rule.trusted, jnp.where(nan, jnp.nan, 0)
+    return jtu.tree_map(lambda x: jnp.where(keep, x, other.astype(x.dtype)), found.x)
 
 
 def _tangent(
     rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
 ) -> PyTree[Array]:
     # At a double root ∂F/∂θ is zero together with ∂F/∂y: that zero says nothing.
-    solution, asked, regular = _solved(rule, state, options, vector)
-    return select(asked | ~regular, solution, filled(solution, 0))
+    found = _answer(rule, state, options, vector)
+    singular = jnp.asarray(found.result == lx.RESULTS.singular) | ~rule.trusted
+    return _solved(rule, found, found.asked | singular)
 
 
 def _cotangent(
     rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
 ) -> PyTree[Array]:
     # A zero cotangent is a lane that nobody asks about, and it must stay zero.
-    solution, asked, _ = _solved(rule, state, options, vector)
-    return select(asked, solution, filled(solution, 0))
+    found = _answer(rule, state, options, vector)
+    return _solved(rule, found, found.asked)
 
 
 def differentiable_linear_solve(

@@ -1,4 +1,4 @@
-r"""The measured residual of a linear solve, and the algebra on pytrees that it needs.
+r"""What linear solvers need of pytrees: their algebra, and checks of what is given.
 
 Nothing here ravels: a dot product contracts each leaf over all its axes, so that shapes
 and shardings of a state survive. All leaves have one real dtype.
@@ -17,11 +17,6 @@ from jaxtyping import Array, Bool, Float
 from .._custom_types import PyTree, ShapeDtypeStruct
 
 T = TypeVar("T")
-Stats = dict[str, Any]
-Answer = tuple[PyTree[Array], lx.RESULTS, Stats]
-# The entry of the statistics by which `_linear.py` knows an answer that is measured: it
-# is finite if it is successful. The entry says whether the right-hand side is not zero.
-ASKED = "nonzero_vector"
 
 
 def dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
@@ -140,25 +135,6 @@ def check_bytes(rows: int, cols: int, itemsize: int, max_bytes: int, who: str) -
         )
 
 
-def measured(
-    x: PyTree[Array],
-    rr: Float[Array, ""],
-    bb: Float[Array, ""],
-    *,
-    rtol: Float[Array, ""] | float,
-    atol: Float[Array, ""] | float = 0.0,
-    failure: lx.RESULTS = lx.RESULTS.singular,
-    **stats: Any,
-) -> Answer:
-    """The answer of a linear solve, judged by its measured residual `‖b - A x‖`.
-
-    `rr` and `bb` are the squares of that and of `‖b‖`. It is successful if
-    `‖b - A x‖ <= rtol ‖b‖ + atol` in the Euclidean norm; a NaN on either side fails the
-    comparison. A zero `b` has the answer zero.
-    """
-    return _answer(x, rr, bb, within(rr, bb, rtol, atol), failure, stats)
-
-
 def within(
     rr: Float[Array, ""],
     bb: Float[Array, ""],
@@ -172,34 +148,6 @@ def within(
     if isinstance(atol, float) and atol == 0:
         return rr <= rtol**2 * bb
     return jnp.sqrt(rr) <= rtol * jnp.sqrt(bb) + atol
-
-
-def approximate(
-    x: PyTree[Array],
-    vector: PyTree[Array],
-    residual_norm: Float[Array, ""],
-    **stats: Any,
-) -> Answer:
-    """The answer of a solver that is inexact by design: successful if it is finite."""
-    bb = dot(vector, vector)
-    finite = jnp.isfinite(dot(x, x)) | (bb == 0)
-    return _answer(x, residual_norm**2, bb, finite, lx.RESULTS.singular, stats)
-
-
-def _answer(
-    x: PyTree[Array],
-    rr: Float[Array, ""],
-    bb: Float[Array, ""],
-    good: Bool[Array, ""],
-    failure: lx.RESULTS,
-    stats: Stats,
-) -> Answer:
-    asked = bb != 0
-    result = lx.RESULTS.where(good | ~asked, lx.RESULTS.successful, failure)
-    result = lx.RESULTS.where(jnp.isfinite(bb), result, lx.RESULTS.nonfinite_input)
-    residual_norm = jnp.where(asked, jnp.sqrt(rr), 0)
-    x = where(asked, x, zeros_like(x))
-    return x, result, {"residual_norm": residual_norm, ASKED: asked, **stats}
 
 
 def require_like(given: Any, vector: PyTree[Array], name: str) -> None:

@@ -6,8 +6,9 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import Array
 
-from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
-from ._residual import Answer, epsilon, size, structure
+from .._custom_types import LinearSolver, PyTree
+from ._measured import AbstractMeasuredSolver, Measured
+from ._residual import epsilon, size, structure
 from .checked import Checked
 from .dense import DirectLU, DirectSymmetric, MAX_BYTES
 from .krylov import default_rtol, HybridKrylov
@@ -40,7 +41,7 @@ class AutoState(eqx.Module):
     inner: Any
 
 
-class AutoLinearSolver(AbstractLinearSolver[AutoState]):
+class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     r"""The right linear solver for an operator's size, dtype and tags.
 
     | operator | solver |
@@ -153,11 +154,11 @@ class AutoLinearSolver(AbstractLinearSolver[AutoState]):
         solver = self.select(operator).solver
         return AutoState(solver, solver.init(operator, options))
 
-    def compute(
+    def answer(
         self, state: AutoState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the solution, its result, and at least its `residual_norm`."""
-        return state.solver.compute(state.inner, vector, options)
+        return state.solver.answer(state.inner, vector, options)
 
     def transpose(
         self, state: AutoState, options: dict[str, Any]

@@ -9,18 +9,10 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool
 
-from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree, ShapeDtypeStruct
-from ._residual import (
-    Answer,
-    ASKED,
-    check_bytes,
-    dot,
-    epsilon,
-    measured,
-    minus,
-    norm,
-    structure,
-)
+from .._custom_types import LinearSolver, PyTree, ShapeDtypeStruct
+from .._solution import is_successful
+from ._measured import AbstractMeasuredSolver, Measured, measured
+from ._residual import check_bytes, dot, epsilon, minus, norm, structure
 from .dense import residual_limit, singular_below
 
 
@@ -32,7 +24,7 @@ class CheckedState(eqx.Module):
     regular: Bool[Array, ""]
 
 
-class Checked(AbstractLinearSolver[CheckedState]):
+class Checked(AbstractMeasuredSolver[CheckedState]):
     r"""A lineax solver for square systems, with a result code that can be relied on.
 
     One product more measures the residual $\lVert b - Ax\rVert_2$; above
@@ -86,18 +78,19 @@ class Checked(AbstractLinearSolver[CheckedState]):
         size = norm(operator.mv(probe))
         return norm(x) * size * singular_below(epsilon(struct)) < norm(probe) ** 2
 
-    def compute(
+    def answer(
         self, state: CheckedState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the solution, its result, and its measured `residual_norm`."""
         x, claimed, stats = self.solver.compute(state.inner, vector, options)
         rtol = residual_limit(epsilon(vector)) if self.rtol is None else self.rtol
         r, bb = minus(vector, state.operator.mv(x)), dot(vector, vector)
-        x, result, own = measured(x, dot(r, r), bb, rtol=rtol)
-        good = (result == lx.RESULTS.successful) & own[ASKED]
-        result = lx.RESULTS.where(good, claimed, result)
-        result = lx.RESULTS.where(state.regular, result, lx.RESULTS.singular)
-        return x, result, {**stats, **own}
+        regular = state.regular & ((bb == 0) | is_successful(claimed))
+        # What the solver itself says of its failure is more than that it failed.
+        failure = lx.RESULTS.where(is_successful(claimed), lx.RESULTS.singular, claimed)
+        return measured(
+            x, dot(r, r), bb, rtol=rtol, regular=regular, failure=failure, **stats
+        )
 
     def transpose(
         self, state: CheckedState, options: dict[str, Any]

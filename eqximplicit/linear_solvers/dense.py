@@ -10,17 +10,9 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from .._custom_types import AbstractLinearSolver, PyTree
-from ._residual import (
-    Answer,
-    any_lane,
-    check_bytes,
-    dot,
-    epsilon,
-    measured,
-    norm,
-    structure,
-)
+from .._custom_types import PyTree
+from ._measured import AbstractMeasuredSolver, Measured, measured
+from ._residual import any_lane, check_bytes, dot, epsilon, norm, structure
 from ._small import dense, inverse, LARGEST, small_solution, small_state, SmallState
 
 # A solution keeps about a third of its digits when the condition number is eps^(-2/3).
@@ -104,7 +96,7 @@ class LUState(eqx.Module):
     transposed: bool = eqx.field(static=True)
 
 
-class DirectLU(AbstractLinearSolver[LUState | SmallState]):
+class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
     r"""LU with partial pivoting that refuses a singular matrix; closed form, `n <= 3`.
 
     The result is `lx.RESULTS.singular` where elimination has cancelled a pivot to less
@@ -132,12 +124,12 @@ class DirectLU(AbstractLinearSolver[LUState | SmallState]):
         lu, _, rows = jax.lax.linalg.lu(matrix)
         return LUState(matrix, lu, rows, _pivot_health(lu) > limit, False)
 
-    def compute(
+    def answer(
         self,
         state: LUState | SmallState,
         vector: PyTree[Array],
         options: dict[str, Any],
-    ) -> Answer:
+    ) -> Measured:
         """Returns the solution, its result, and its measured `residual_norm`."""
         del options
         limit = residual_limit(epsilon(vector))
@@ -150,8 +142,7 @@ class DirectLU(AbstractLinearSolver[LUState | SmallState]):
             solution = _substitute(state.factor, state.rows, b, state.transposed)
             r = b - _matvec(matrix, solution)
             x, rr, bb = unravel(solution), dot(r, r), dot(b, b)
-        x, result, stats = measured(x, rr, bb, rtol=limit)
-        return x, lx.RESULTS.where(state.regular, result, lx.RESULTS.singular), stats
+        return measured(x, rr, bb, rtol=limit, regular=state.regular)
 
     def transpose(
         self, state: LUState | SmallState, options: dict[str, Any]
@@ -194,7 +185,7 @@ def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n
     return (vectors * inverse[None, :]) @ vectors.T
 
 
-class DirectSymmetric(AbstractLinearSolver[SymmetricState]):
+class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
     r"""Cholesky, and the pseudo-inverse where a symmetric matrix is not definite.
 
     A Hessian that is singular because of a symmetry (a translation of all particles,
@@ -248,13 +239,12 @@ class DirectSymmetric(AbstractLinearSolver[SymmetricState]):
         )
         return SymmetricState(matrix, factor, regular, sign)
 
-    def compute(
+    def answer(
         self, state: SymmetricState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the solution, its result, and its measured `residual_norm`."""
         b, unravel = ravel_pytree(vector)
         x = _apply(state, b)
-        x = jnp.where(norm(b) == 0, jnp.zeros_like(b), x)
         residual, eps = b - _matvec(state.matrix, x), epsilon(vector)
         if options.get("project", False):
             # What is left must lie in the null space: then x is a least-squares answer.
@@ -266,11 +256,15 @@ class DirectSymmetric(AbstractLinearSolver[SymmetricState]):
         # A right-hand side that is itself no more than rounding has a part in the null
         # space: the gradient at a minimum, say, the cotangent of the objective there.
         atol = NOISE * eps * jnp.linalg.norm(state.matrix)
-        _, result, stats = measured(
-            x, dot(judged, judged), dot(b, b), rtol=rtol.astype(b.dtype), atol=atol
+        return measured(
+            unravel(state.sign * x),
+            dot(judged, judged),
+            dot(b, b),
+            rtol=rtol.astype(b.dtype),
+            atol=atol,
+            residual_norm=norm(residual),
+            singular=~state.regular,
         )
-        stats |= {"residual_norm": norm(residual), "singular": ~state.regular}
-        return unravel(state.sign * x), result, stats
 
     def transpose(
         self, state: SymmetricState, options: dict[str, Any]

@@ -11,7 +11,7 @@ import lineax as lx
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
-from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
+from .._custom_types import LinearSolver, PyTree
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
@@ -21,12 +21,11 @@ from ._iterations import (
     start,
     System,
 )
+from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import (
-    Answer,
     any_lane,
     dot,
     epsilon,
-    measured,
     minus,
     require_like,
     scale,
@@ -66,7 +65,7 @@ class _Outcome(eqx.Module):
     failed: Bool[Array, ""]  # and could not
 
 
-class HybridKrylov(AbstractLinearSolver[KrylovState]):
+class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     r"""Picard or conjugate gradients as long as they work, then something that does.
 
     An operator with a symmetric tag starts with conjugate gradients; any other with
@@ -114,9 +113,9 @@ class HybridKrylov(AbstractLinearSolver[KrylovState]):
             lx.linearise(operator), -1 if negative else 1, lx.is_symmetric(operator)
         )
 
-    def compute(
+    def answer(
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the solution, its result, its `residual_norm` and `num_steps`."""
         for key in ("preconditioner", "y0"):
             require_like(options.get(key), vector, key)
@@ -126,19 +125,19 @@ class HybridKrylov(AbstractLinearSolver[KrylovState]):
             outcome = self._solve_lane_or_columns(state, vector)
         eps = epsilon(vector)
         accepted = consistency_limit(eps) if self.rtol is None else 2 * self.rtol
-        x, result, stats = measured(
+        # The direct solver has limits of its own: what it calls an answer is one.
+        rr = jnp.where(outcome.direct, 0, outcome.rr)
+        return measured(
             outcome.x,
-            outcome.rr,
+            rr,
             dot(vector, vector),
             rtol=accepted,
             atol=2 * self.atol,
+            regular=~outcome.failed,
             failure=lx.RESULTS.stagnation,
             num_steps=outcome.steps,
+            residual_norm=jnp.sqrt(outcome.rr),
         )
-        by_direct = lx.RESULTS.where(
-            outcome.failed, lx.RESULTS.singular, lx.RESULTS.successful
-        )
-        return x, lx.RESULTS.where(outcome.direct, by_direct, result), stats
 
     def transpose(
         self, state: KrylovState, options: dict[str, Any]

@@ -8,8 +8,9 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from .._custom_types import AbstractLinearSolver, PyTree
-from ._residual import Answer, dot, epsilon, measured, norm
+from .._custom_types import PyTree
+from ._measured import AbstractMeasuredSolver, Measured, measured
+from ._residual import dot, epsilon, norm
 from ._spectral import decompose, lost, SpectralState, Structure, structure_key
 from .dense import consistency_limit, MAX_BYTES
 
@@ -21,7 +22,7 @@ class LeastNormState(eqx.Module):
     codomain: Structure = eqx.field(static=True)
 
 
-class LeastNorm(AbstractLinearSolver[LeastNormState]):
+class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
     r"""The minimum-norm solution $x = A^{+} b$ of a consistent system, singular or not.
 
     Where the system has no solution, that is, where the measured residual
@@ -58,9 +59,9 @@ class LeastNorm(AbstractLinearSolver[LeastNormState]):
         spectrum = decompose(operator, self.max_bytes, "LeastNorm")
         return LeastNormState(spectrum, structure_key(operator.out_structure()))
 
-    def compute(
+    def answer(
         self, state: LeastNormState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the solution, its result, `residual_norm`, and `rank`."""
         b, _ = ravel_pytree(vector)
         spectrum, eps = state.spectrum, epsilon(vector)
@@ -73,8 +74,14 @@ class LeastNorm(AbstractLinearSolver[LeastNormState]):
         # With a large `rcond`, the values that were dropped remain in the residual.
         rtol = max(consistency_limit(eps), rcond if project else 0)
         rank = jnp.sum(keep)
-        x, result, stats = measured(x, judged**2, dot(b, b), rtol=rtol, rank=rank)
-        return spectrum.lay_out(x), result, stats | {"residual_norm": norm(r)}
+        return measured(
+            spectrum.lay_out(x),
+            judged**2,
+            dot(b, b),
+            rtol=rtol,
+            rank=rank,
+            residual_norm=norm(r),
+        )
 
     def transpose(
         self, state: LeastNormState, options: dict[str, Any]

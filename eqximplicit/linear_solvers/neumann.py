@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Int
 
-from .._custom_types import AbstractLinearSolver, PyTree
+from .._custom_types import PyTree
 from ._iterations import picard, System
+from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
     add,
-    Answer,
-    approximate,
     dot,
     epsilon,
-    measured,
     minus,
     norm,
     require_like,
@@ -36,7 +34,7 @@ class NeumannState(eqx.Module):
     operator: lx.AbstractLinearOperator
 
 
-class Neumann(AbstractLinearSolver[NeumannState]):
+class Neumann(AbstractMeasuredSolver[NeumannState]):
     r"""The Neumann series of the inverse, truncated or run to a tolerance.
 
     With the step $\tau$ = `damping * alpha`,
@@ -110,9 +108,9 @@ class Neumann(AbstractLinearSolver[NeumannState]):
         structure(operator)
         return NeumannState(lx.linearise(operator))
 
-    def compute(
+    def answer(
         self, state: NeumannState, vector: Vector, options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the sum, its result, its `residual_norm` and `num_steps`."""
         for key in ("preconditioner", "y0"):
             require_like(options.get(key), vector, key)
@@ -127,7 +125,7 @@ class Neumann(AbstractLinearSolver[NeumannState]):
 
     def _truncated(
         self, state: NeumannState, vector: Vector, options: dict[str, Any], terms: int
-    ) -> Answer:
+    ) -> Measured:
         def residual(x: Vector) -> Vector:
             return minus(vector, state.operator.mv(x))
 
@@ -144,7 +142,7 @@ class Neumann(AbstractLinearSolver[NeumannState]):
 
     def _to_tolerance(
         self, state: NeumannState, vector: Vector, options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         rtol = default_rtol(epsilon(vector)) if self.rtol is None else self.rtol
         system = System(
             mv=state.operator.mv,

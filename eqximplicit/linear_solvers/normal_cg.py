@@ -6,18 +6,9 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import Array
 
-from .._custom_types import AbstractLinearSolver, PyTree
-from ._residual import (
-    Answer,
-    approximate,
-    dot,
-    measured,
-    minus,
-    norm,
-    require_like,
-    require_real,
-    transposed_options,
-)
+from .._custom_types import PyTree
+from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
+from ._residual import dot, minus, norm, require_like, require_real, transposed_options
 
 
 class NormalCGState(eqx.Module):
@@ -26,7 +17,7 @@ class NormalCGState(eqx.Module):
     operator: lx.AbstractLinearOperator
 
 
-class NormalCG(AbstractLinearSolver[NormalCGState]):
+class NormalCG(AbstractMeasuredSolver[NormalCGState]):
     r"""`max_steps` steps of conjugate gradients on $A^\top A x = A^\top b$.
 
     As TorchOpt's `solve_normal_cg(maxiter=..., atol=...)` and jaxopt's: where the steps
@@ -77,9 +68,9 @@ class NormalCG(AbstractLinearSolver[NormalCGState]):
         require_real(operator)
         return NormalCGState(lx.linearise(operator))
 
-    def compute(
+    def answer(
         self, state: NormalCGState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the solution, its result, its `residual_norm` and `num_steps`."""
         for key in ("preconditioner", "y0"):
             require_like(options.get(key), vector, key)

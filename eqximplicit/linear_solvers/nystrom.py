@@ -9,8 +9,9 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._custom_types import AbstractLinearSolver, PyTree, ShapeDtypeStruct
-from ._residual import Answer, approximate, epsilon, minus, norm, size, structure
+from .._custom_types import PyTree, ShapeDtypeStruct
+from ._measured import AbstractMeasuredSolver, approximate, Measured
+from ._residual import epsilon, minus, norm, size, structure
 from .dense import pseudo_inverse
 
 
@@ -23,7 +24,7 @@ class NystromState(eqx.Module):
     sign: int = eqx.field(static=True)
 
 
-class Nystrom(AbstractLinearSolver[NystromState]):
+class Nystrom(AbstractMeasuredSolver[NystromState]):
     r"""The inverse of a low-rank approximation of a symmetric operator, plus a ridge.
 
     For `rank` columns $K$ drawn without replacement, $C = A_{:K}$ and $W = A_{KK}$,
@@ -95,9 +96,9 @@ class Nystrom(AbstractLinearSolver[NystromState]):
         inverse = pseudo_inverse(core, 10 * self.rank * epsilon(struct))
         return NystromState(lx.linearise(operator), columns, inverse, sign)
 
-    def compute(
+    def answer(
         self, state: NystromState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the approximate solution, its result and its `residual_norm`."""
         del options
         projected = _project(state.columns, vector)

@@ -7,14 +7,15 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from .._custom_types import AbstractLinearSolver, PyTree
-from ._residual import Answer, approximate, norm
+from .._custom_types import PyTree
+from ._measured import AbstractMeasuredSolver, approximate, Measured
+from ._residual import norm
 from ._spectral import decompose, structure_key
 from .dense import MAX_BYTES
 from .least_norm import LeastNormState
 
 
-class Tikhonov(AbstractLinearSolver[LeastNormState]):
+class Tikhonov(AbstractMeasuredSolver[LeastNormState]):
     r"""The regularised solution of a singular or nearly singular system.
 
     $$x = \arg\min_x\; \lVert Ax - b\rVert_2^2 + \delta^2\lVert x\rVert_2^2
@@ -56,16 +57,15 @@ class Tikhonov(AbstractLinearSolver[LeastNormState]):
         spectrum = decompose(operator, self.max_bytes, "Tikhonov")
         return LeastNormState(spectrum, structure_key(operator.out_structure()))
 
-    def compute(
+    def answer(
         self, state: LeastNormState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> Answer:
+    ) -> Measured:
         """Returns the regularised solution, its result and its `residual_norm`."""
         del options
         b, _ = ravel_pytree(vector)
         s = state.spectrum.s
         x, r = state.spectrum.apply(s / (s**2 + self.damping**2), b)
-        x, result, stats = approximate(x, b, norm(r))
-        return state.spectrum.lay_out(x), result, stats
+        return approximate(state.spectrum.lay_out(x), b, norm(r))
 
     def transpose(
         self, state: LeastNormState, options: dict[str, Any]

@@ -1,0 +1,106 @@
+"""The answer of a linear solve that is measured instead of believed."""
+
+import abc
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Bool, Float
+
+from .._custom_types import AbstractLinearSolver, PyTree
+from ._residual import dot, where, within, zeros_like
+
+_State = TypeVar("_State")
+Stats = dict[str, Any]
+
+
+class Measured(eqx.Module):
+    """The answer of a linear solve, and what it is worth.
+
+    **Attributes:**
+
+    - `x`: the answer, or anything where the right-hand side is zero.
+    - `asked`: whether the right-hand side is not zero.
+    - `good`: whether `x` answers it; then it is finite.
+    - `result`, `stats`: the same in lineax's words.
+    """
+
+    x: PyTree[Array]
+    asked: Bool[Array, ""]
+    good: Bool[Array, ""]
+    result: lx.RESULTS
+    stats: Stats
+
+
+class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
+    """A lineax solver that measures its answer, so that nobody else has to.
+
+    `compute` is `answer` in lineax's words.
+    """
+
+    @abc.abstractmethod
+    def answer(
+        self, state: _State, vector: PyTree[Array], options: dict[str, Any]
+    ) -> Measured:
+        """Returns the solution with its judgement."""
+
+    def compute(
+        self, state: _State, vector: PyTree[Array], options: dict[str, Any]
+    ) -> tuple[PyTree[Array], lx.RESULTS, Stats]:
+        """Returns the solution, its result, and at least its `residual_norm`."""
+        found = self.answer(state, vector, options)
+        x = where(found.asked, found.x, zeros_like(found.x))
+        return x, found.result, found.stats
+
+
+def measured(
+    x: PyTree[Array],
+    rr: Float[Array, ""],
+    bb: Float[Array, ""],
+    *,
+    rtol: Float[Array, ""] | float,
+    atol: Float[Array, ""] | float = 0.0,
+    regular: Bool[Array, ""] | None = None,
+    failure: lx.RESULTS = lx.RESULTS.singular,
+    **stats: Any,
+) -> Measured:
+    """The answer of a linear solve, judged by its measured residual `‖b - A x‖`.
+
+    `rr` and `bb` are the squares of that and of `‖b‖`. It is good if
+    `‖b - A x‖ <= rtol ‖b‖ + atol` in the Euclidean norm; a NaN on either side fails the
+    comparison. A zero `b` has the answer zero. If not `regular`, it has failed.
+    """
+    good = within(rr, bb, rtol, atol)
+    return _answer(x, rr, bb, good, regular, failure, stats)
+
+
+def approximate(
+    x: PyTree[Array],
+    vector: PyTree[Array],
+    residual_norm: Float[Array, ""],
+    **stats: Any,
+) -> Measured:
+    """The answer of a solver that is inexact by design: good if it is finite."""
+    bb, good = dot(vector, vector), jnp.isfinite(dot(x, x))
+    return _answer(x, residual_norm**2, bb, good, None, lx.RESULTS.singular, stats)
+
+
+def _answer(
+    x: PyTree[Array],
+    rr: Float[Array, ""],
+    bb: Float[Array, ""],
+    good: Bool[Array, ""],
+    regular: Bool[Array, ""] | None,
+    failure: lx.RESULTS,
+    stats: Stats,
+) -> Measured:
+    asked, finite = bb != 0, jnp.isfinite(bb)
+    good = (good | ~asked) & finite
+    result = lx.RESULTS.where(finite, failure, lx.RESULTS.nonfinite_input)
+    if regular is not None:
+        good = good & regular
+        result = lx.RESULTS.where(regular, result, lx.RESULTS.singular)
+    result = lx.RESULTS.where(good, lx.RESULTS.successful, result)
+    residual_norm = jnp.where(asked, jnp.sqrt(rr), 0)
+    return Measured(x, asked, good, result, {"residual_norm": residual_norm, **stats})
