@@ -141,6 +141,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         return y, rest
 
 
+def _differentiated_while_loop(*args: Any, **kwargs: Any) -> Any:
+    # Not `lax_while_loop` itself: a solver's own steps are wanted, without an opening.
+    return lax_while_loop(*args, **kwargs)
+
+
 class UnrolledAdjoint(AbstractAdjoint):
     r"""The derivative of the solver's own steps.
 
@@ -181,6 +186,6 @@ class UnrolledAdjoint(AbstractAdjoint):
     ) -> PyTree[Array]:
         """Runs a loop that JAX can differentiate; optimistix calls this too."""
         if self.mode == "forward":
-            return primal_fn((*inputs, lax_while_loop))
+            return primal_fn((*inputs, _differentiated_while_loop))
         checkpointed = optx.RecursiveCheckpointAdjoint(checkpoints=self.checkpoints)
         return checkpointed.apply(primal_fn, rewrite_fn, inputs, tags)

@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Int
 
@@ -19,6 +20,8 @@ from ._monitor import Monitor, Watch
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
+from .linear_solvers._residual import any_lane
+from .solvers._opening import AbstractOpening, chosen, Opened
 
 # A solve that has become NaN is noticed after at most this many further steps.
 _FINITE_CHECK_EVERY = 4096
@@ -32,8 +35,12 @@ def lax_while_loop(
     init_val: Any,
     *,
     max_steps: int | None = None,
+    start: Int[Array, ""] | int = 0,
 ) -> Any:
-    """`jax.lax.while_loop` with the signature that optimistix gives its adjoints."""
+    """`jax.lax.while_loop` with the signature that optimistix gives its adjoints.
+
+    `start` is the number of steps that have been taken already.
+    """
     if max_steps is None:
         return jax.lax.while_loop(cond_fun, body_fun, init_val)
 
@@ -45,7 +52,7 @@ def lax_while_loop(
         step, val = carry
         return step + 1, body_fun(val)
 
-    return jax.lax.while_loop(cond, body, (jnp.array(0), init_val))[1]
+    return jax.lax.while_loop(cond, body, (jnp.asarray(start), init_val))[1]
 
 
 class Run(eqx.Module):
@@ -111,8 +118,11 @@ def _loop(
         return _Carry(y, arrays, residual, aux, num_steps, record)
 
     chunk, limit = _FINITE_CHECK_EVERY, run.max_steps
-    if while_loop is not lax_while_loop or (limit is not None and limit <= chunk):
+    if while_loop is not lax_while_loop:
         return while_loop(unfinished, body, carry, max_steps=limit)
+    if limit is not None and limit <= chunk:
+        start = carry.num_steps
+        return lax_while_loop(unfinished, body, carry, max_steps=limit, start=start)
 
     def in_budget(carry: _Carry) -> Bool[Array, ""]:
         return jnp.array(True) if limit is None else carry.num_steps < limit
@@ -148,15 +158,55 @@ def iterate(
     fn = iterated_fn(solver, condition, y0)
     y = to_real(y0, real_dtype(y0))
     watch = _watch(monitor, fn, args, max_steps)
-    record = None if watch is None else watch.begin(real_dtype(y))
     run = Run(solver, fn, args, options, max_steps, watch)
+    opened = None
+    if watch is None and while_loop is lax_while_loop:
+        opened = _opened(run, y)
+    if opened is None:
+        return _iterated(run, y, jnp.zeros((), int), while_loop)
+    return _continued(run, opened)
+
+
+def _opened(run: Run, y: PyTree[Array]) -> Opened | None:
+    solver, fn = run.solver, run.fn
+    if not isinstance(solver, AbstractOpening) or fn.must_vanish:
+        return None
+    aux = filled(fn.out_struct(y, run.args)[1], 0)
+    return solver.opening(fn, y, run.args, aux, run.max_steps)
+
+
+def _continued(run: Run, opened: Opened) -> Outcome:
+    """The outcome of the opening, or of the solver in lanes that it has not solved."""
+    value = from_real(opened.y, run.fn.like)
+    stats = {"num_steps": opened.num_steps, **opened.stats}
+    finished = Outcome(value, opened.aux[1], RESULTS.successful, opened.solved, stats)
+    arrays, static = eqx.partition(finished, _is_arraylike)
+
+    def go_on() -> Any:
+        outcome = _iterated(run, opened.y, opened.num_steps, lax_while_loop)
+        return chosen(opened.solved, arrays, eqx.filter(outcome, _is_arraylike))
+
+    # Under `vmap` the solver is started if any lane needs it.
+    arrays = jax.lax.cond(any_lane(~opened.solved), go_on, lambda: arrays)
+    return eqx.combine(arrays, static)
+
+
+def _is_arraylike(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _iterated(
+    run: Run, y: PyTree[Array], num_steps: Int[Array, ""], while_loop: WhileLoop
+) -> Outcome:
+    solver, fn, args, options = run.solver, run.fn, run.args, run.options
+    record = None if run.watch is None else run.watch.begin(real_dtype(y))
     f_struct, aux_struct = fn.out_struct(y, args)
     residual_struct, fn_aux_struct = aux_struct
     state = solver.init(fn, y, args, options, f_struct, aux_struct, fn.tags)
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
     aux_arrays, aux_static = eqx.partition(filled(fn_aux_struct, 0), eqx.is_array)
     residual = filled(residual_struct, jnp.inf)
-    carry = _Carry(y, state_arrays, residual, aux_arrays, jnp.zeros((), int), record)
+    carry = _Carry(y, state_arrays, residual, aux_arrays, num_steps, record)
 
     def combine(arrays: Any) -> Any:
         return eqx.combine(arrays, state_static)

@@ -7,6 +7,7 @@ but arithmetic: XLA makes a few loops of it.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -60,11 +61,13 @@ def _together(scalars: Scalars, shape: tuple[int, ...]) -> Array:
     return jax.lax.reshape(out, shape)
 
 
-def rows_of(operator: lx.AbstractLinearOperator) -> Rows:
-    """The entries of the matrix of an operator: `n` products with unit vectors."""
-    struct = operator.in_structure()
-    units = np.eye(operator.in_size(), dtype=jtu.tree_leaves(struct)[0].dtype)
-    columns = [entries(operator.mv(_unit(unit, struct))) for unit in units]
+def rows_of(
+    mv: Callable[[PyTree[Array]], PyTree[Array]], struct: PyTree[ShapeDtypeStruct]
+) -> Rows:
+    """The entries of the matrix of a linear map: `n` products with unit vectors."""
+    leaves = jtu.tree_leaves(struct)
+    units = np.eye(sum(leaf.size for leaf in leaves), dtype=leaves[0].dtype)
+    columns = [entries(mv(_unit(unit, struct))) for unit in units]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -91,6 +94,11 @@ def times(rows: Rows, x: Scalars) -> Scalars:
 def transposed(rows: Rows) -> Rows:
     """The transposed matrix."""
     return [list(column) for column in zip(*rows, strict=True)]
+
+
+def largest(x: Scalars) -> Float[Array, ""]:
+    """The largest absolute entry."""
+    return functools.reduce(jnp.maximum, map(jnp.abs, x))
 
 
 def square(x: Scalars) -> Float[Array, ""]:
@@ -144,7 +152,7 @@ def inverse(rows: Rows) -> tuple[Rows, Float[Array, ""]]:
     Rounding leaves about machine epsilon of it for a singular matrix.
     """
     # Rows of sizes near one, so that products of three neither over- nor underflow.
-    sizes = [functools.reduce(jnp.maximum, map(jnp.abs, row)) for row in rows]
+    sizes = [largest(row) for row in rows]
     units = [_inverse_power(size) for size in sizes]
     scaled = [[u * a for a in row] for u, row in zip(units, rows, strict=True)]
     adjugate, determinant, size = _cofactors(scaled)
@@ -176,7 +184,7 @@ class SmallSolution(eqx.Module):
 
 def small_state(operator: lx.AbstractLinearOperator, limit: float) -> SmallState:
     """The inverse, regular where more than `limit` of the determinant is left."""
-    rows = rows_of(operator)
+    rows = rows_of(operator.mv, operator.in_structure())
     inverse_rows, health = inverse(rows)
     return SmallState(rows, inverse_rows, health > limit)
 

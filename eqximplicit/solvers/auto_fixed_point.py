@@ -30,6 +30,7 @@ from ._fixed_point_control import (
     unpacked,
     with_proposal,
 )
+from ._opening import AbstractOpening, Opened, picard
 
 
 class _Points(eqx.Module, Generic[Y]):
@@ -61,7 +62,7 @@ class _Seen(eqx.Module, Generic[Y]):
     numbers: Numbers
 
 
-class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
+class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
     r"""The default fixed-point solver: a safeguarded combination of three methods.
 
     A step is one evaluation of `fn`.
@@ -214,6 +215,12 @@ class AutoFixedPoint(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         stats = verdict.statistics(best, reason, result)
         stats["num_rescues"] = control.num_rescues.astype(jnp.int32)
         return best.point.y, best.aux, stats
+
+    def opening(
+        self, fn: Any, y: Any, args: Any, aux: Any, max_steps: int | None
+    ) -> Opened | None:
+        """Returns the outcome of plain iteration, as far as that contracts well."""
+        return picard(fn, y, args, aux, self._tolerance(y), max_steps)
 
     def _tolerance(self, y: Y) -> verdict.Tolerance:
         return verdict.tolerance(self.rtol, self.atol, self.norm, y)

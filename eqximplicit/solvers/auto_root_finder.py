@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Scalar
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from .._solution import as_results, Aux, RESULTS, Y
+from ..linear_solvers._small import LARGEST
+from ._opening import AbstractOpening, Opened, small_newton
 from ._root_dense import DenseState, init_dense, is_over, Limits, step_dense, why
 from ._root_krylov import (
     init_krylov,
@@ -46,7 +48,9 @@ def zeros_for(struct: PyTree[Any]) -> PyTree[Any]:
     return jtu.tree_map(zero, struct)
 
 
-class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, _State]):
+class AutoRootFinder(
+    AbstractOpening, optx.AbstractRootFinder[Y, PyTree[Array], Aux, _State]
+):
     r"""A root finder that needs no tuning and claims nothing that it has not seen.
 
     One compiled loop, one trial point and one linear solve per step, and the ways of
@@ -129,6 +133,14 @@ class AutoRootFinder(optx.AbstractRootFinder[Y, PyTree[Array], Aux, _State]):
     def _limits(self, y: PyTree[Array]) -> Limits:
         atol = default_atol(real_dtype(y)) if self.atol is None else self.atol
         return Limits(atol, self.max_restarts)
+
+    def opening(
+        self, fn: Any, y: Any, args: Any, aux: Any, max_steps: int | None
+    ) -> Opened | None:
+        """Returns the outcome of Newton's method in closed form, for small states."""
+        if real_size(y) > LARGEST or has_complex(y) or not one_dtype(y):
+            return None
+        return small_newton(fn, y, args, aux, self._limits(y).atol, max_steps)
 
     def init(
         self,

@@ -1,0 +1,186 @@
+"""Openings: the plain method, as long as it works, before a robust one is started.
+
+Most problems are easy. A robust solver keeps a record of what it has seen, and has many
+decisions to take in every step; plain iteration and Newton's method need neither. So a
+default solver opens with the plain method in a loop of its own, with nothing to carry
+but the state, and is itself only started, under `jax.vmap` in any lane, where that
+has stopped to converge well.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Int
+
+from .._custom_types import PyTree
+from ..linear_solvers import _small as small
+from . import _vector_space as vs
+from ._verdict import Tolerance
+
+Fn = Callable[[Any, Any], tuple[Any, Any]]
+# After `k` plain steps the residual must be at most `SLACK * RATE**k` of what it was: a
+# robust solver needs fewer steps than plain iteration at that rate.
+SLACK, RATE = 1.5, 0.75
+# So must a Newton step, which can do better.
+NEWTON_RATE = 0.5
+
+
+class Opened(eqx.Module):
+    """How far the opening has come.
+
+    **Attributes:**
+
+    - `y`: the solution where `solved`; where not, a start for the robust solver.
+    - `aux`: the auxiliary output of the function at `y` where `solved`.
+    - `num_steps`: the evaluations of the function so far.
+    - `stats`: where `solved`, the statistics that the robust solver would report.
+    """
+
+    y: PyTree[Array]
+    aux: Any
+    solved: Bool[Array, ""]
+    num_steps: Int[Array, ""]
+    stats: dict[str, Any]
+
+
+class AbstractOpening(eqx.Module):
+    """A solver that has an opening."""
+
+    @abc.abstractmethod
+    def opening(
+        self, fn: Fn, y: PyTree[Array], args: Any, aux: Any, max_steps: int | None
+    ) -> Opened | None:
+        """Returns the outcome of the opening, or `None` if this state has none.
+
+        `aux` is structured as the auxiliary output of `fn`.
+        """
+
+
+class _Contraction(eqx.Module):
+    """Two iterates in a row, of which the residual of the first is known."""
+
+    y: PyTree[Array]
+    ahead: PyTree[Array]
+    aux: Any
+    error: Float[Array, ""]  # the residual of `y`, in units of the tolerance,
+    before: Float[Array, ""]  # and that of the iterate before
+    bound: Float[Array, ""]  # what it must not exceed
+    steps: Int[Array, ""]
+
+    @property
+    def contracts(self) -> Bool[Array, ""]:
+        return (self.error > 0) & (self.error <= self.bound)
+
+    @property
+    def solved(self) -> Bool[Array, ""]:
+        # |r| / (1 - rate) < 1, with the rate |r| / |r before|, and without a division.
+        slack = self.before - self.error
+        return (self.error == 0) | (self.error * self.before < slack)
+
+
+def picard(
+    fn: Fn,
+    y: PyTree[Array],
+    args: Any,
+    aux: Any,
+    tolerance: Tolerance,
+    max_steps: int | None,
+) -> Opened:
+    r"""Iterates `y = fn(y)` until the estimated error is within the tolerance.
+
+    The error is the residual over $1 - \rho$ for a residual that shrinks by $\rho$. It
+    is that of the point returned: its image is the next iterate.
+    """
+    arrays, static = eqx.partition(aux, eqx.is_array)
+
+    def unfinished(c: _Contraction) -> Bool[Array, ""]:
+        wanted = c.contracts & ~c.solved
+        return wanted if max_steps is None else wanted & (c.steps < max_steps)
+
+    def step(c: _Contraction) -> _Contraction:
+        image, aux = fn(c.ahead, args)
+        error = tolerance.measure(vs.minus(image, c.ahead), c.ahead)
+        aux = eqx.filter(aux, eqx.is_array)
+        bound = RATE * jnp.minimum(c.bound, SLACK / RATE * error)
+        return _Contraction(c.ahead, image, aux, error, c.error, bound, c.steps + 1)
+
+    infinite, zero = jnp.asarray(jnp.inf, vs.real_dtype(y)), jnp.zeros((), int)
+    begun = _Contraction(y, y, arrays, infinite, infinite, infinite, zero)
+    c = jax.lax.while_loop(unfinished, step, begun)
+    usable = (c.error < c.before) | (c.error < 1)
+    residual = vs.minus(c.ahead, c.y)
+    stats = {
+        "residual_norm": tolerance.norm(residual).astype(infinite.dtype),
+        "scaled_error": c.error,
+        "num_rescues": jnp.zeros((), jnp.int32),
+    }
+    start = vs.select(usable, c.y, y)
+    return Opened(start, eqx.combine(c.aux, static), c.solved, c.steps, stats)
+
+
+class _Newton(eqx.Module):
+    y: PyTree[Array]
+    aux: Any
+    residual: Float[Array, ""]  # the largest entry; NaN if it has not shrunk enough
+    steps: Int[Array, ""]
+
+
+def small_newton(
+    fn: Fn,
+    y: PyTree[Array],
+    args: Any,
+    aux: Any,
+    atol: float,
+    max_steps: int | None,
+) -> Opened:
+    """Newton's method for at most three unknowns, in closed form.
+
+    Until every entry of the residual at `y` is within `atol`, as long as each step
+    halves the largest.
+    """
+    arrays, static = eqx.partition(aux, eqx.is_array)
+
+    def unfinished(c: _Newton) -> Bool[Array, ""]:
+        wanted = c.residual > atol
+        return wanted if max_steps is None else wanted & (c.steps < max_steps)
+
+    def step(c: _Newton) -> _Newton:
+        out, linear, aux = jax.linearize(lambda y: fn(y, args), c.y, has_aux=True)
+        f = small.entries(out)
+        rows = small.rows_of(linear, jax.eval_shape(lambda: c.y))
+        inverse, _ = small.inverse(rows)
+        largest = small.largest(f)
+        good = (largest < NEWTON_RATE * c.residual) | (largest <= atol)
+        new = [
+            jnp.where(largest <= atol, yi, yi - di)
+            for yi, di in zip(small.entries(c.y), small.times(inverse, f), strict=True)
+        ]
+        return _Newton(
+            small.from_entries(new, c.y),
+            eqx.filter(aux, eqx.is_array),
+            jnp.where(good, largest, jnp.nan),
+            c.steps + 1,
+        )
+
+    infinite, zero = jnp.asarray(jnp.inf, vs.real_dtype(y)), jnp.zeros((), int)
+    c = jax.lax.while_loop(unfinished, step, _Newton(y, arrays, infinite, zero))
+    solved = c.residual <= atol
+    stats = {
+        "residual_norm": c.residual,
+        "num_evaluations": c.steps * (1 + vs.size(y)),
+        "num_restarts": jnp.zeros((), int),
+    }
+    start = vs.select(solved, c.y, y)
+    return Opened(start, eqx.combine(c.aux, static), solved, c.steps, stats)
+
+
+def chosen(
+    solved: Bool[Array, ""], opened: PyTree[Any], finished: PyTree[Any]
+) -> PyTree[Any]:
+    """The outcome of the opening where it solved the problem, else the other one."""
+    return jtu.tree_map(lambda a, b: jnp.where(solved, a, b), opened, finished)
