@@ -183,7 +183,7 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     arrays, static = eqx.partition(finished, _is_arraylike)
 
     def go_on() -> Any:
-        outcome = _iterated(run, opened.y, opened.num_steps, lax_while_loop)
+        outcome = _iterated(run, opened.y, opened.budget, lax_while_loop)
         return chosen(opened.solved, arrays, eqx.filter(outcome, _is_arraylike))
 
     # Under `vmap` the solver is started if any lane needs it.

@@ -76,6 +76,20 @@ def _any_lane_vmap(
     return any_lane(jnp.any(pred, axis=0)), False
 
 
+@custom_vmap
+def max_lane(value: Float[Array, ""]) -> Float[Array, ""]:
+    """The largest value in all lanes of all enclosing `jax.vmap`s."""
+    return value
+
+
+@max_lane.def_vmap
+def _max_lane_vmap(
+    axis_size: int, in_batched: list[bool], value: Float[Array, " lanes"]
+) -> tuple[Float[Array, ""], bool]:
+    del axis_size, in_batched
+    return max_lane(jnp.max(value, axis=0, initial=-jnp.inf)), False
+
+
 def epsilon(x: PyTree[Any]) -> float:
     """Machine epsilon of the dtype of the leaves (arrays or structs)."""
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(x))

@@ -163,6 +163,13 @@ def inverse(rows: Rows) -> tuple[Rows, Float[Array, ""]]:
     return inverse, jnp.abs(determinant) / size
 
 
+def solve(rows: Rows, b: Scalars) -> Scalars:
+    """The solution by Cramer's rule; not finite for a singular matrix."""
+    adjugate, determinant, _ = _cofactors(rows)
+    factor = 1 / determinant
+    return [factor * x for x in times(adjugate, b)]
+
+
 class SmallState(eqx.Module):
     """A matrix and its inverse, by entries."""
 
