@@ -8,7 +8,7 @@ but arithmetic: XLA makes a few loops of it.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -67,11 +67,11 @@ def rows_of(
     """The entries of the matrix of a linear map: `n` products with unit vectors."""
     leaves = jtu.tree_leaves(struct)
     units = np.eye(sum(leaf.size for leaf in leaves), dtype=leaves[0].dtype)
-    columns = [entries(mv(_unit(unit, struct))) for unit in units]
+    columns = [entries(mv(_unit_vector(unit, struct))) for unit in units]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _unit(unit: Any, struct: PyTree[ShapeDtypeStruct]) -> PyTree[Array]:
+def _unit_vector(unit: Any, struct: PyTree[ShapeDtypeStruct]) -> PyTree[Array]:
     leaves, treedef = jtu.tree_flatten(struct)
     sizes = [math.prod(leaf.shape) for leaf in leaves]
     parts = np.split(unit, np.cumsum(sizes)[:-1])
@@ -144,23 +144,36 @@ def _inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
     return jax.lax.bitcast_convert_type(largest - exponent, size.dtype)
 
 
-def inverse(rows: Rows) -> tuple[Rows, Float[Array, ""]]:
-    r"""The inverse of a matrix with `n <= 3`, and how much of its determinant is left.
+class Inverse(NamedTuple):
+    r"""The inverse of a matrix, and how much cancellation has left of its determinant.
 
-    The second value is $|\det A|$ over the sum of the absolute values of the terms of
-    $\det A$: between 0 (singular) and 1, and unchanged when rows or columns are scaled.
-    Rounding leaves about machine epsilon of it for a singular matrix.
+    $|\det A|$ is between 0 (singular) and `terms`, the sum of the absolute values of
+    the terms of which it is the sum; their ratio does not change when rows or columns
+    are scaled. Rounding leaves about machine epsilon of it for a singular matrix.
     """
-    # Rows of sizes near one, so that products of three neither over- nor underflow.
-    sizes = [largest(row) for row in rows]
-    units = [_inverse_power(size) for size in sizes]
+
+    rows: Rows
+    determinant: Float[Array, ""]
+    terms: Float[Array, ""]
+
+
+def inverse(rows: Rows) -> Inverse:
+    """The inverse of a matrix with `n <= 3`."""
+    units = [_unit(row) for row in rows]
     scaled = [[u * a for a in row] for u, row in zip(units, rows, strict=True)]
-    adjugate, determinant, size = _cofactors(scaled)
+    adjugate, determinant, terms = _cofactors(scaled)
     factor = 1 / determinant
     inverse = [
         [factor * a * u for a, u in zip(row, units, strict=True)] for row in adjugate
     ]
-    return inverse, jnp.abs(determinant) / size
+    return Inverse(inverse, jnp.abs(determinant), terms)
+
+
+def _unit(row: Scalars) -> Array | float:
+    # So that products of three entries neither over- nor underflow. Those of float64
+    # have the range for it.
+    wide = jnp.finfo(row[0].dtype).bits >= 64
+    return 1.0 if wide else _inverse_power(largest(row))
 
 
 def solve(rows: Rows, b: Scalars) -> Scalars:
@@ -192,8 +205,9 @@ class SmallSolution(eqx.Module):
 def small_state(operator: lx.AbstractLinearOperator, limit: float) -> SmallState:
     """The inverse, regular where more than `limit` of the determinant is left."""
     rows = rows_of(operator.mv, operator.in_structure())
-    inverse_rows, health = inverse(rows)
-    return SmallState(rows, inverse_rows, health > limit)
+    found = inverse(rows)
+    regular = found.determinant > limit * found.terms
+    return SmallState(rows, found.rows, regular)
 
 
 def small_solution(state: SmallState, vector: PyTree[Array]) -> SmallSolution:

@@ -288,8 +288,8 @@ def _definite_factor(
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     # The health is NaN, and so fails every comparison, if there is no such factor.
     if matrix.shape[0] <= LARGEST:
-        rows, health = inverse([list(row) for row in matrix])
-        return dense(rows), health
+        found = inverse([list(row) for row in matrix])
+        return dense(found.rows), found.determinant / found.terms
     factor = jnp.linalg.cholesky(matrix)
     return factor, jnp.min(jnp.diag(factor) ** 2 / jnp.diag(matrix))
 
