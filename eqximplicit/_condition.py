@@ -190,7 +190,7 @@ class FixedPoint(AbstractCondition[Y, Args]):
     def residual(self, y: Y, args: Args, aux: Any = None) -> Y:
         """Returns `y - fn(y, args)`."""
         out, _ = self.call(y, args, aux)
-        return jtu.tree_map(lambda a, b: a - b, y, out)
+        return jtu.tree_map(jax.lax.sub, y, out)
 
     def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
         """Refuses a map whose output differs from `y` in structure, shape or dtype."""

@@ -94,7 +94,7 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
             moving,
             t_moving,
         )
-        vector = jtu.tree_map(jnp.negative, t_residual)  # -∂F/∂θ · θ̇
+        vector = jtu.tree_map(jax.lax.neg, t_residual)  # -∂F/∂θ · θ̇
         t_y = differentiable_linear_solve(
             residual, (list(theta_leaves), aux), real_at, vector, attached.rule
         )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from jax import lax
 from jaxtyping import Array, Bool
 
 from ._custom_types import LinearSolver, PyTree
@@ -56,8 +57,14 @@ def _answer(
 
 def _solved(rule: LinearRule, found: Measured, nan: Bool[Array, ""]) -> PyTree[Array]:
     """The solution where it is one, else NaN or zero: one choice for each entry."""
-    keep, other = found.good & found.asked & rule.trusted, jnp.where(nan, jnp.nan, 0)
-    return jtu.tree_map(lambda x: jnp.where(keep, x, other.astype(x.dtype)), found.x)
+    keep = lax.bitwise_and(lax.bitwise_and(found.good, found.asked), rule.trusted)
+
+    def leaf(x: Array) -> Array:
+        missing, zero = (lax.full_like(x, value, shape=()) for value in (jnp.nan, 0))
+        other = lax.select(nan, missing, zero)
+        return lax.select(keep, x, lax.broadcast(other, x.shape))
+
+    return jtu.tree_map(leaf, found.x)
 
 
 def _tangent(

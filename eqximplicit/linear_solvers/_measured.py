@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import AbstractLinearSolver, PyTree
@@ -95,12 +96,12 @@ def _answer(
     failure: lx.RESULTS,
     stats: Stats,
 ) -> Measured:
-    asked, finite = bb != 0, jnp.isfinite(bb)
-    good = (good | ~asked) & finite
+    asked, finite = lax.ne(bb, lax.full_like(bb, 0)), lax.is_finite(bb)
+    good = lax.bitwise_and(lax.bitwise_or(good, lax.bitwise_not(asked)), finite)
     result = lx.RESULTS.where(finite, failure, lx.RESULTS.nonfinite_input)
     if regular is not None:
-        good = good & regular
+        good = lax.bitwise_and(good, regular)
         result = lx.RESULTS.where(regular, result, lx.RESULTS.singular)
     result = lx.RESULTS.where(good, lx.RESULTS.successful, result)
-    residual_norm = jnp.where(asked, jnp.sqrt(rr), 0)
+    residual_norm = lax.sqrt(lax.select(asked, rr, lax.full_like(rr, 0)))
     return Measured(x, asked, good, result, {"residual_norm": residual_norm, **stats})

@@ -1,16 +1,18 @@
 r"""What linear solvers need of pytrees: their algebra, and checks of what is given.
 
 Nothing here ravels: a dot product contracts each leaf over all its axes, so that shapes
-and shardings of a state survive. All leaves have one real dtype.
+and shardings of a state survive. All leaves have one real dtype. `lax` is used where it
+will do: each operator of `jnp` is a `jit`, and is traced as one.
 """
 
+import functools
 import math
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
@@ -21,11 +23,14 @@ T = TypeVar("T")
 
 def dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
     """The Euclidean inner product of two vectors of one structure."""
-    terms = [
-        jnp.tensordot(a, b, axes=a.ndim, precision=jax.lax.Precision.HIGHEST)
-        for a, b in zip(jtu.tree_leaves(x), jtu.tree_leaves(y), strict=True)
-    ]
-    return jtu.tree_reduce(jnp.add, terms)
+    terms = map(_leaf_dot, jtu.tree_leaves(x), jtu.tree_leaves(y))
+    return functools.reduce(lax.add, terms)
+
+
+def _leaf_dot(a: Array, b: Array) -> Float[Array, ""]:
+    every = tuple(range(a.ndim))
+    dimensions = ((every, every), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
 
 
 def norm(x: PyTree[Array]) -> Float[Array, ""]:
@@ -35,12 +40,12 @@ def norm(x: PyTree[Array]) -> Float[Array, ""]:
 
 def add(x: T, y: T) -> T:
     """The vector `x + y`."""
-    return jtu.tree_map(jnp.add, x, y)
+    return jtu.tree_map(lax.add, x, y)
 
 
 def minus(x: T, y: T) -> T:
     """The vector `x - y`."""
-    return jtu.tree_map(jnp.subtract, x, y)
+    return jtu.tree_map(lax.sub, x, y)
 
 
 def scale(a: Array | float, x: T) -> T:
@@ -50,12 +55,12 @@ def scale(a: Array | float, x: T) -> T:
 
 def where(pred: Bool[Array, ""], x: T, y: T) -> T:
     """`x` where `pred`, else `y`."""
-    return jtu.tree_map(lambda a, b: jnp.where(pred, a, b), x, y)
+    return jtu.tree_map(lambda a, b: lax.select(pred, a, b), x, y)
 
 
 def zeros_like(x: T) -> T:
     """The zero vector."""
-    return jtu.tree_map(jnp.zeros_like, x)
+    return jtu.tree_map(lambda leaf: lax.full_like(leaf, 0), x)
 
 
 @custom_vmap
@@ -160,7 +165,7 @@ def within(
     Without a root where none is needed, for which XLA would make a kernel.
     """
     if isinstance(atol, float) and atol == 0:
-        return rr <= rtol**2 * bb
+        return lax.le(rr, lax.mul(bb, jnp.asarray(rtol**2, bb.dtype)))
     return jnp.sqrt(rr) <= rtol * jnp.sqrt(bb) + atol
 
 

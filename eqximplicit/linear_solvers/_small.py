@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
@@ -34,8 +34,8 @@ def entries(tree: PyTree[Array]) -> Scalars:
 def _apart(leaf: Array) -> Scalars:
     if leaf.shape == ():
         return [leaf]
-    flat = jax.lax.reshape(leaf, (leaf.size,))
-    return [jax.lax.index_in_dim(flat, i, keepdims=False) for i in range(leaf.size)]
+    flat = lax.reshape(leaf, (leaf.size,))
+    return [lax.index_in_dim(flat, i, keepdims=False) for i in range(leaf.size)]
 
 
 def from_entries(scalars: Scalars, like: PyTree[Any]) -> PyTree[Array]:
@@ -57,8 +57,8 @@ def _together(scalars: Scalars, shape: tuple[int, ...]) -> Array:
     out = jnp.broadcast_to(first, (len(scalars),))
     for i, scalar in enumerate(others, 1):
         here = np.arange(len(scalars)) == i
-        out = jax.lax.select(here, jnp.broadcast_to(scalar, out.shape), out)
-    return jax.lax.reshape(out, shape)
+        out = lax.select(here, jnp.broadcast_to(scalar, out.shape), out)
+    return lax.reshape(out, shape)
 
 
 def rows_of(
@@ -83,12 +83,12 @@ def _unit_vector(unit: Any, struct: PyTree[ShapeDtypeStruct]) -> PyTree[Array]:
 
 
 def _sum(scalars: Scalars) -> Array:
-    return functools.reduce(jnp.add, scalars)
+    return functools.reduce(lax.add, scalars)
 
 
 def times(rows: Rows, x: Scalars) -> Scalars:
     """The product of a matrix and a vector."""
-    return [_sum([a * b for a, b in zip(row, x, strict=True)]) for row in rows]
+    return [_sum(list(map(lax.mul, row, x))) for row in rows]
 
 
 def transposed(rows: Rows) -> Rows:
@@ -98,37 +98,43 @@ def transposed(rows: Rows) -> Rows:
 
 def largest(x: Scalars) -> Float[Array, ""]:
     """The largest absolute entry."""
-    return functools.reduce(jnp.maximum, map(jnp.abs, x))
+    return functools.reduce(lax.max, map(lax.abs, x))
 
 
 def square(x: Scalars) -> Float[Array, ""]:
     """The square of the Euclidean norm."""
-    return _sum([a * a for a in x])
+    return _sum(list(map(lax.mul, x, x)))
 
 
 def _cofactors(a: Rows) -> tuple[Rows, Array, Array]:
     # The adjugate, the determinant, and the sum of the absolute values of its terms.
     if len(a) == 1:
-        return [[jnp.ones_like(a[0][0])]], a[0][0], jnp.abs(a[0][0])
+        return [[lax.full_like(a[0][0], 1)]], a[0][0], lax.abs(a[0][0])
     if len(a) == 2:
         (p, q), (r, s) = a
-        return [[s, -q], [-r, p]], p * s - q * r, jnp.abs(p * s) + jnp.abs(q * r)
+        ps, qr = lax.mul(p, s), lax.mul(q, r)
+        return (
+            [[s, lax.neg(q)], [lax.neg(r), p]],
+            lax.sub(ps, qr),
+            lax.add(*map(lax.abs, (ps, qr))),
+        )
     index = range(3)
     adjugate = [[_minor(a, j, i) for j in index] for i in index]
-    determinant = _sum([a[0][j] * adjugate[j][0] for j in index])
+    determinant = _sum([lax.mul(a[0][j], adjugate[j][0]) for j in index])
     return adjugate, determinant, _sum([_size(a, j) for j in index])
 
 
 def _minor(a: Rows, row: int, col: int) -> Array:
     # Cyclic indices carry the sign (-1)^(row + col).
     r0, r1, c0, c1 = (row + 1) % 3, (row + 2) % 3, (col + 1) % 3, (col + 2) % 3
-    return a[r0][c0] * a[r1][c1] - a[r0][c1] * a[r1][c0]
+    return lax.sub(lax.mul(a[r0][c0], a[r1][c1]), lax.mul(a[r0][c1], a[r1][c0]))
 
 
 def _size(a: Rows, col: int) -> Array:
     c0, c1 = (col + 1) % 3, (col + 2) % 3
-    terms = jnp.abs(a[1][c0] * a[2][c1]) + jnp.abs(a[1][c1] * a[2][c0])
-    return jnp.abs(a[0][col]) * terms
+    one, two = lax.mul(a[1][c0], a[2][c1]), lax.mul(a[1][c1], a[2][c0])
+    terms = lax.add(lax.abs(one), lax.abs(two))
+    return lax.mul(lax.abs(a[0][col]), terms)
 
 
 def _inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
@@ -140,8 +146,8 @@ def _inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
     integer = jnp.dtype(f"int{info.bits}")
     largest = jnp.asarray(((1 << info.nexp) - 2) << info.nmant, integer)
     mask = jnp.asarray(((1 << info.nexp) - 1) << info.nmant, integer)
-    exponent = jax.lax.bitcast_convert_type(size, integer) & mask
-    return jax.lax.bitcast_convert_type(largest - exponent, size.dtype)
+    exponent = lax.bitcast_convert_type(size, integer) & mask
+    return lax.bitcast_convert_type(largest - exponent, size.dtype)
 
 
 class Inverse(NamedTuple):
@@ -160,27 +166,29 @@ class Inverse(NamedTuple):
 def inverse(rows: Rows) -> Inverse:
     """The inverse of a matrix with `n <= 3`."""
     units = [_unit(row) for row in rows]
-    scaled = [[u * a for a in row] for u, row in zip(units, rows, strict=True)]
+    scaled = [_scaled(u, row) for u, row in zip(units, rows, strict=True)]
     adjugate, determinant, terms = _cofactors(scaled)
-    factor = 1 / determinant
-    inverse = [
-        [factor * a * u for a, u in zip(row, units, strict=True)] for row in adjugate
-    ]
-    return Inverse(inverse, jnp.abs(determinant), terms)
+    factor = lax.reciprocal(determinant)
+    columns = zip(transposed(adjugate), units, strict=True)
+    inverse = transposed([_scaled(u, _scaled(factor, c)) for c, u in columns])
+    return Inverse(inverse, lax.abs(determinant), terms)
 
 
-def _unit(row: Scalars) -> Array | float:
+def _scaled(factor: Array | None, x: Scalars) -> Scalars:
+    return x if factor is None else [lax.mul(factor, a) for a in x]
+
+
+def _unit(row: Scalars) -> Array | None:
     # So that products of three entries neither over- nor underflow. Those of float64
     # have the range for it.
     wide = jnp.finfo(row[0].dtype).bits >= 64
-    return 1.0 if wide else _inverse_power(largest(row))
+    return None if wide else _inverse_power(largest(row))
 
 
 def solve(rows: Rows, b: Scalars) -> Scalars:
     """The solution by Cramer's rule; not finite for a singular matrix."""
     adjugate, determinant, _ = _cofactors(rows)
-    factor = 1 / determinant
-    return [factor * x for x in times(adjugate, b)]
+    return _scaled(lax.reciprocal(determinant), times(adjugate, b))
 
 
 class SmallState(eqx.Module):
@@ -206,7 +214,9 @@ def small_state(operator: lx.AbstractLinearOperator, limit: float) -> SmallState
     """The inverse, regular where more than `limit` of the determinant is left."""
     rows = rows_of(operator.mv, operator.in_structure())
     found = inverse(rows)
-    regular = found.determinant > limit * found.terms
+    regular = lax.gt(
+        found.determinant, lax.mul(found.terms, lax.full_like(found.terms, limit))
+    )
     return SmallState(rows, found.rows, regular)
 
 
@@ -214,7 +224,7 @@ def small_solution(state: SmallState, vector: PyTree[Array]) -> SmallSolution:
     """The product with the inverse, and what it leaves of the right-hand side."""
     b = entries(vector)
     x = times(state.inverse, b)
-    left = [bi - ai for bi, ai in zip(b, times(state.rows, x), strict=True)]
+    left = list(map(lax.sub, b, times(state.rows, x)))
     return SmallSolution(from_entries(x, vector), square(left), square(b))
 
 

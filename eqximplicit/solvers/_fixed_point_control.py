@@ -1,9 +1,8 @@
 """The state machine of the default fixed-point solver, all in scalars.
 
 What a trial point is for, whether it is accepted, when a rescue is due and when the
-solve is over. The scalars are carried as one vector: each scalar that a compiled loop
-carries by itself costs a kernel to compile, with all that leads to the scalar in it
-once more. So the rules here are elementwise, and hold for scalars as for vectors.
+solve is over. The scalars are carried as one vector (`_packed.py`), so the rules here
+are elementwise, and hold for scalars as for vectors.
 """
 
 import dataclasses
@@ -11,13 +10,11 @@ import enum
 from typing import TypeVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Float
 
-from . import _history as hist, _vector_space as vs, _verdict as verdict
+from . import _history as hist, _packed as pk, _verdict as verdict
+from ._packed import changed, packed, settled, where, widened
 
 T = TypeVar("T")
 GROWTH = 10.0  # a residual this much larger than the best is a rejected step
@@ -91,55 +88,14 @@ class Control(eqx.Module):
     from_start: Array
     from_best: Array
 
-    def packed(self) -> Float[Array, " n"]:
-        """Returns the numbers as one vector, one per field."""
-        dtype, n = self.size.dtype, len(_FIELDS)
-        fields = [
-            jnp.broadcast_to(getattr(self, f.name), (n,)).astype(dtype) for f in _FIELDS
-        ]
-        out = fields[0]
-        for i, field in enumerate(fields[1:], 1):
-            out = jax.lax.select(np.arange(n) == i, field, out)
-        return out
-
-
-_FIELDS = dataclasses.fields(Control)
-
 
 def unpacked(vector: Float[Array, " n"]) -> Control:
-    return Control(*vs.apart(vector))
+    """The control of which `vector` is packed."""
+    return pk.unpacked(Control, vector)
 
 
-def _always(vector: Array) -> Array:
-    """True everywhere, unknown to the compiler (the vector holds no NaN).
-
-    What depends on it is not taken apart into scalars, nor computed again in all that
-    uses it; the control flow then compiles to one small kernel.
-    """
-    return vector == vector
-
-
-def widened(tree: T, vector: Float[Array, " n"]) -> T:
-    """Scalars as vectors like `vector`."""
-
-    def leaf(x: Array) -> Array:
-        x = jnp.broadcast_to(x, vector.shape)
-        return jax.lax.select(_always(vector), x, jnp.zeros_like(x))
-
-    return jtu.tree_map(leaf, tree)
-
-
-def settled(new: Array, vector: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Returns `new`, which a division by one keeps from being computed twice."""
-    return new / jnp.where(_always(vector), 1, 2).astype(new.dtype)
-
-
-def changed(control: Control, **changes: Array) -> Control:
-    """As `dataclasses.replace`, in the dtype of the control."""
-    dtype = control.size.dtype
-    return dataclasses.replace(
-        control, **{name: value.astype(dtype) for name, value in changes.items()}
-    )
+def _packed(control: Control) -> Float[Array, " n"]:
+    return packed(control, control.size.dtype)
 
 
 class Numbers(eqx.Module):
@@ -161,16 +117,17 @@ class Numbers(eqx.Module):
     missed: Array
 
 
-def at_start(dtype: jnp.dtype) -> Control:
+def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:
+    """Returns the packed control before the first evaluation."""
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    start = Control(*[zero for _ in _FIELDS])
+    start = Control(*[zero for _ in dataclasses.fields(Control)])
     infinite = [
         "reference", "anchor_merit", "start_merit", "best_merit", "best_residual",
         "best_error", "best_floor", "merit_at_rescue",
     ]  # fmt: skip
     unit = ["step_size", "mixing", "size", "amplification"]
     changes = dict.fromkeys(infinite, one * jnp.inf) | dict.fromkeys(unit, one)
-    return changed(start, **changes)
+    return _packed(changed(start, **changes))
 
 
 def _judged(control: Control, seen: Numbers) -> Control:
@@ -180,51 +137,47 @@ def _judged(control: Control, seen: Numbers) -> Control:
     newton, dtype = control.newton > 0, control.size.dtype
 
     descent = (1 - DECREASE * control.step_size) * control.anchor_merit
-    limit = jnp.where(newton, descent, GROWTH * control.reference)
+    limit = where(newton, descent, GROWTH * control.reference)
     plain = kind == int(Kind.RESCUE)
-    limit = jnp.where(plain, DIVERGED * control.best_merit, limit)
+    limit = where(plain, DIVERGED * control.best_merit, limit)
     accepted = seen.finite & (start | (~probe & (merit <= limit)))
 
     change = seen.change
-    mixing = seen.distance / jnp.where(change > 0, change, 1)
+    mixing = seen.distance / where(change > 0, change, 1)
     informative = seen.finite & ~probe & ~start & (change > 0)
-    mixing = jnp.where(informative, jnp.clip(mixing, MIN_MIXING, 1), control.mixing)
+    mixing = where(informative, jnp.clip(mixing, MIN_MIXING, 1), control.mixing)
 
     # A mixed step predicts what it takes of the residual; the rest is curvature.
     reach = control.step_size * control.reach
-    curvature = seen.missed / jnp.where(reach > 0, reach, 1)
+    curvature = seen.missed / where(reach > 0, reach, 1)
     curvature = jnp.maximum(control.curvature / 2, curvature)
     predicted = accepted & (kind == int(Kind.MIXED)) & (reach > 0)
-    curvature = jnp.where(predicted, curvature, control.curvature)
+    curvature = where(predicted, curvature, control.curvature)
 
     scaled_change = seen.scaled_change
-    amplification = seen.scaled_distance / jnp.where(
-        scaled_change > 0, scaled_change, 1
-    )
-    amplification = jnp.where(scaled_change > 0, jnp.maximum(amplification, 1), jnp.inf)
+    amplification = seen.scaled_distance / where(scaled_change > 0, scaled_change, 1)
+    amplification = where(scaled_change > 0, jnp.maximum(amplification, 1), jnp.inf)
     faded = verdict.FADE * control.amplification
     amplification = jnp.maximum(amplification, faded)
-    amplification = jnp.where(start, jnp.inf, amplification)
-    error = jnp.where(seen.scaled > 0, seen.scaled * amplification, 0)
+    amplification = where(start, jnp.inf, amplification)
+    error = where(seen.scaled > 0, seen.scaled * amplification, 0)
     improved = accepted & (merit < control.best_merit)
-    ending = jnp.where(start & ~seen.finite, int(Ending.NONFINITE_START), 0)
+    ending = where(start & ~seen.finite, int(Ending.NONFINITE_START), 0)
     return changed(
         control,
         accepted=accepted,
         improved=improved,
         keep=seen.finite & ~start & (probe | accepted | ~newton),
-        moved=jnp.where(accepted & ~start, seen.distance, 0),
+        moved=where(accepted & ~start, seen.distance, 0),
         mixing=mixing,
         curvature=curvature,
-        amplification=jnp.where(
-            accepted & ~start, amplification, control.amplification
-        ),
-        anchor_merit=jnp.where(accepted, merit, control.anchor_merit),
-        start_merit=jnp.where(start, merit, control.start_merit),
-        best_merit=jnp.where(improved, merit, control.best_merit),
-        best_residual=jnp.where(improved, seen.scaled, control.best_residual),
-        best_error=jnp.where(improved, error, control.best_error),
-        best_floor=jnp.where(improved, seen.floor, control.best_floor),
+        amplification=where(accepted & ~start, amplification, control.amplification),
+        anchor_merit=where(accepted, merit, control.anchor_merit),
+        start_merit=where(start, merit, control.start_merit),
+        best_merit=where(improved, merit, control.best_merit),
+        best_residual=where(improved, seen.scaled, control.best_residual),
+        best_error=where(improved, error, control.best_error),
+        best_floor=where(improved, seen.floor, control.best_floor),
         ending=ending.astype(dtype),
     )
 
@@ -236,23 +189,23 @@ def _counted(control: Control, seen: Numbers) -> Control:
     newton, rejected = control.newton > 0, ~accepted & ~probe
 
     progress = merit < PROGRESS * control.reference
-    stalled = jnp.where(accepted & (progress | plain), 0, control.num_stalled + 1)
-    stalled = jnp.where(plain & rejected, PATIENCE, stalled)
+    stalled = where(accepted & (progress | plain), 0, control.num_stalled + 1)
+    stalled = where(plain & rejected, PATIENCE, stalled)
     # The first rejection is made up for by a mixed step, the next by shorter ones.
     shorter = rejected & ((kind != int(Kind.MIXED)) | newton)
-    shrunk = control.size * jnp.where(seen.finite, 0.5, 0.25).astype(merit.dtype)
-    size = jnp.where(shorter, jnp.maximum(shrunk, 1e-3), control.size)
-    size = jnp.where(accepted, jnp.minimum(2 * control.size, 1), size)
-    reference = jnp.where(plain, merit, jnp.minimum(merit, control.reference))
-    num_plain = jnp.where(accepted, jnp.maximum(control.num_plain - 1, 0), 0)
+    shrunk = control.size * where(seen.finite, 0.5, 0.25).astype(merit.dtype)
+    size = where(shorter, jnp.maximum(shrunk, 1e-3), control.size)
+    size = where(accepted, jnp.minimum(2 * control.size, 1), size)
+    reference = where(plain, merit, jnp.minimum(merit, control.reference))
+    num_plain = where(accepted, jnp.maximum(control.num_plain - 1, 0), 0)
     return changed(
         control,
-        mixing=jnp.where(plain & (num_plain == 0), 1, control.mixing),
+        mixing=where(plain & (num_plain == 0), 1, control.mixing),
         size=size,
-        reference=jnp.where(accepted, reference, control.reference),
-        num_stalled=jnp.where(probe, control.num_stalled, stalled),
-        num_rejected=jnp.where(rejected, control.num_rejected + 1, 0),
-        num_plain=jnp.where(plain, num_plain, control.num_plain),
+        reference=where(accepted, reference, control.reference),
+        num_stalled=where(probe, control.num_stalled, stalled),
+        num_rejected=where(rejected, control.num_rejected + 1, 0),
+        num_plain=where(plain, num_plain, control.num_plain),
         newton=newton & ~accepted,
     )
 
@@ -270,26 +223,26 @@ def _rescued(control: Control) -> Control:
     plain = now & (control.num_rescues == 0)
     krylov = now & ~plain
     halved = control.best_merit < control.merit_at_rescue / 2
-    barren = jnp.where(halved, 0, control.num_barren + 1)
+    barren = where(halved, 0, control.num_barren + 1)
     as_good = control.best_floor <= verdict.NEAR_ROUNDING
     as_good = as_good & (control.best_residual < 1)
     stuck = now & ((barren >= MAX_BARREN) | as_good)
 
-    merit = jnp.where(plain, control.start_merit, control.best_merit)
+    merit = where(plain, control.start_merit, control.best_merit)
 
     def anew(old: Array, new: Array | float) -> Array:
-        return jnp.where(now, new, old)
+        return where(now, new, old)
 
     return changed(
         control,
-        mixing=jnp.where(plain, 1, control.mixing),
+        mixing=where(plain, 1, control.mixing),
         size=anew(control.size, 1),
         curvature=anew(control.curvature, 0),
         reference=anew(control.reference, merit),
         anchor_merit=anew(control.anchor_merit, merit),
         num_stalled=anew(control.num_stalled, 0),
         num_rejected=anew(control.num_rejected, 0),
-        num_plain=anew(control.num_plain, jnp.where(plain, float(PLAIN_STEPS), 0)),
+        num_plain=anew(control.num_plain, where(plain, float(PLAIN_STEPS), 0)),
         probing=anew(control.probing, krylov.astype(merit.dtype)),
         newton=anew(control.newton, 0),
         num_rescues=control.num_rescues + now.astype(merit.dtype),
@@ -297,7 +250,7 @@ def _rescued(control: Control) -> Control:
         merit_at_rescue=anew(control.merit_at_rescue, control.best_merit),
         from_start=plain,
         from_best=krylov,
-        ending=jnp.where(stuck, int(Ending.STUCK), control.ending),
+        ending=where(stuck, int(Ending.STUCK), control.ending),
     )
 
 
@@ -309,14 +262,14 @@ def _next_trial(control: Control, window: int) -> Control:
     newton = (control.newton > 0) | complete
     make_up = (control.num_rejected == 1) & ~newton
     plain = control.num_plain > 0
-    kind = jnp.where(make_up | (count == 0), int(Kind.PLAIN), int(Kind.MIXED))
-    kind = jnp.where(plain, int(Kind.RESCUE), kind)
-    kind = jnp.where(probing, int(Kind.PROBE), kind)
+    kind = where(make_up | (count == 0), int(Kind.PLAIN), int(Kind.MIXED))
+    kind = where(plain, int(Kind.RESCUE), kind)
+    kind = where(probing, int(Kind.PROBE), kind)
     full = (make_up & (count > 0)) | plain
     return changed(
         control,
         kind=kind,
-        step_size=jnp.where(full, 1, control.size),
+        step_size=where(full, 1, control.size),
         probing=probing,
         newton=newton,
     )
@@ -337,7 +290,7 @@ def after(
     forget = control.from_start + control.from_best > 0
     turn = hist.turn(control.used, control.newest, window, control.keep > 0, forget)
     control = changed(control, slot=turn.slot, used=turn.used, newest=turn.newest)
-    return settled(_next_trial(control, window).packed(), vector)
+    return settled(_packed(_next_trial(control, window)), vector)
 
 
 class Proposal(eqx.Module):
@@ -362,7 +315,7 @@ def with_proposal(vector: Float[Array, " n"], proposal: Proposal) -> Float[Array
     probed, mixed = (control.kind == int(k) for k in (Kind.PROBE, Kind.MIXED))
     # A full quasi-Newton step from the best point is an estimate of its error.
     here = mixed & (control.anchor_merit <= control.best_merit)
-    error = jnp.where(here, jnp.maximum(control.best_error, error), control.best_error)
+    error = where(here, jnp.maximum(control.best_error, error), control.best_error)
     converged = is_good(control, error) & (control.ending == 0)
     control = changed(
         control,
@@ -370,6 +323,6 @@ def with_proposal(vector: Float[Array, " n"], proposal: Proposal) -> Float[Array
         best_error=error,
         probing=(control.probing > 0) & new,
         newton=(control.newton > 0) | (probed & ~new),
-        ending=jnp.where(converged, int(Ending.CONVERGED), control.ending),
+        ending=where(converged, int(Ending.CONVERGED), control.ending),
     )
-    return control.packed()
+    return _packed(control)

@@ -1,4 +1,4 @@
-"""When the default root finder changes its mind: phases, as arithmetic on scalars.
+"""When the default root finder changes its mind: phases, as arithmetic.
 
 There are three ways to propose a trial point, and one record of progress:
 
@@ -12,10 +12,14 @@ There are three ways to propose a trial point, and one record of progress:
   side of it, then damped again, with the other scaling of the unknowns.
 """
 
+import dataclasses
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
+
+from ._packed import changed, packed, settled, unpacked, where, widened
 
 # Steps without halving the residual: at first, when the damped phase is slow, restarts.
 _PATIENCE, _PATIENCE_SLOW, _PATIENCE_RESTART = 10, 5, 2
@@ -32,143 +36,249 @@ _STATIONARY = 1e-3
 _LONGEST, _RESTART_SHORT, _RESTART_LONG = 100.0, 1.0, 10.0
 
 
-class Phases(eqx.Module):
-    """The record of progress, and what to do next. Every field is a scalar array."""
+# `|J| |d| / |F|` above this fraction of 1/eps: the Jacobian is singular.
+_REGULAR = 0.01
 
-    damped: Bool[Array, ""]
-    restarting: Bool[Array, ""]
-    forced: Bool[Array, ""]  # the trial becomes the base whatever its residual
-    flipped: Bool[Array, ""]  # the restart leaves against the Newton direction
-    rejected: Bool[Array, ""]  # the last damped trial was
-    idle: Int[Array, ""]  # Newton steps since the residual last halved
-    in_window: Int[Array, ""]
-    num_slow: Int[Array, ""]
-    num_restarts: Int[Array, ""]
-    mark: Float[Array, ""]  # the residual norm to be halved
-    radius: Float[Array, ""]
+
+class Control(eqx.Module):
+    """The record of progress, and what to do next."""
+
+    # The phases.
+    damped: Array
+    restarting: Array
+    forced: Array  # the trial becomes the base whatever its residual
+    flipped: Array  # the restart leaves against the Newton direction
+    rejected: Array  # the last damped trial was
+    idle: Array  # Newton steps since the residual last halved
+    in_window: Array
+    num_slow: Array
+    num_restarts: Array
+    quarter: Array  # `num_restarts` modulo 4: four kinds of restart take turns
+    odd: Array  # whether `num_cycles` is
+    mark: Array  # the residual norm to be halved
+    radius: Array
+    # The points.
+    base_norm: Array  # |F(base)|
+    best_norm: Array
+    best_max: Array  # largest absolute residual of the best point
+    stuck: Array  # no smaller residual can be resolved
+    num_evaluations: Array
+    to_best: Array  # the next trial is the best point so far
 
     @property
-    def num_cycles(self) -> Int[Array, ""]:
+    def num_cycles(self) -> Array:
         return self.num_slow + self.num_restarts
 
     @property
-    def longest(self) -> Float[Array, ""]:
+    def longest(self) -> Array:
         """The longest Newton step, in units of `|y|`."""
-        pair = (self.num_restarts - 1) // 2
-        restart = jnp.where(pair % 2 == 0, _RESTART_SHORT, _RESTART_LONG)
-        return jnp.where(self.restarting, restart, _LONGEST).astype(self.mark.dtype)
+        short = (self.quarter == 1) | (self.quarter == 2)
+        restart = where(short, _RESTART_SHORT, _RESTART_LONG)
+        longest = where(self.restarting > 0, restart, _LONGEST)
+        return longest.astype(self.mark.dtype)
 
     @property
-    def rescaled(self) -> Bool[Array, ""]:
+    def rescaled(self) -> Array:
         """Whether the damping measures each unknown by its column of the Jacobian."""
-        return self.num_cycles % 2 == 1
+        return self.odd > 0
 
 
 class Trial(eqx.Module):
-    """What was seen at a trial point and at its base. Every field is a scalar array."""
+    """What was measured at a trial point; its base is the one before it."""
 
-    finite: Bool[Array, ""]
-    norm: Float[Array, ""]  # |F(trial)|
-    base_norm: Float[Array, ""]  # |F(base)|, before the trial
-    ratio: Float[Array, ""]  # actual / predicted decrease of |F|^2
-    tiny: Bool[Array, ""]  # the step is at the resolution of the base
+    norm: Array  # |F(trial)|
+    largest: Array  # largest absolute entry of F(trial)
+    step: Array  # |trial - base|
+    base: Array  # |base|
+    linear: Array  # |F(base) + J (trial - base)|
 
 
 class Base(eqx.Module):
-    """What is known of the base after the trial. Every field is a scalar array."""
+    """What was measured at the base after the trial."""
 
-    norm: Float[Array, ""]  # |F(base)|
-    best_norm: Float[Array, ""]  # the smallest |F| so far
-    slope: Float[Array, ""]  # |J'F| / |F|
-    jacobian_norm: Float[Array, ""]
-    length: Float[Array, ""]  # |base|, or 1 at the origin
+    slope: Array  # |J'F|
+    jacobian: Array  # |J|
+    length: Array  # |base|
+    excess: Array  # |F| entry by entry, above `atol` and rounding; not above 0 if stuck
 
 
-def first_phase(dtype: jnp.dtype) -> Phases:
+class Decision(eqx.Module):
+    """What a trial decides."""
+
+    ratio: Array  # actual / predicted decrease of |F|^2
+    accepted: Array  # as the new base
+    better: Array  # than the best point
+    wanted: Array  # a Jacobian
+
+
+class Limits(eqx.Module):
+    """When to stop: the largest residual entry of a root, and how many restarts."""
+
+    atol: float
+    max_restarts: int
+
+
+def _fields(control: Control) -> Float[Array, " n"]:
+    return packed(control, control.mark.dtype)
+
+
+def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:
     """Newton, with the initial guess as the first trial."""
-    no, zero = jnp.array(False), jnp.array(0)
-    mark, radius = jnp.array(jnp.inf, dtype), jnp.array(1, dtype)
-    return Phases(no, no, ~no, no, no, zero, zero, zero, zero, mark, radius)
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    start = Control(*[zero for _ in dataclasses.fields(Control)])
+    infinite = dict.fromkeys(("mark", "base_norm", "best_norm", "best_max"), one / zero)
+    return _fields(changed(start, **infinite, forced=one, radius=one))
 
 
-def is_accepted(phases: Phases, trial: Trial) -> Bool[Array, ""]:
-    """Whether the trial becomes the base; a trial that is not finite never does."""
-    unconditional = phases.forced | ~phases.damped
-    return trial.finite & (unconditional | (trial.ratio > _MIN_RATIO))
+def read(vector: Float[Array, " n"]) -> Control:
+    """The control of which `vector` is packed."""
+    return unpacked(Control, vector)
 
 
-def _after_newton(
-    phases: Phases, trial: Trial, base: Base
-) -> tuple[Phases, Bool[Array, ""]]:
-    halved = trial.finite & (trial.norm < _HALVED * phases.mark)
-    idle = jnp.where(halved, 0, phases.idle + 1)
-    slow_or_first = jnp.where(phases.num_slow > 0, _PATIENCE_SLOW, _PATIENCE)
-    patience = jnp.where(phases.restarting, _PATIENCE_RESTART, slow_or_first)
-    leave = (idle >= patience) | ~trial.finite
-    to_best = leave & ~phases.restarting & (base.best_norm < base.norm)
-    after = Phases(
+def length_or_one(length: Array) -> Array:
+    return where(length > 0, length, 1)
+
+
+def _ratio(control: Control, trial: Trial) -> Array:
+    """Actual over predicted decrease of |F|^2; -1 where that has no meaning."""
+    # (b² - t²) / (b² - l²), in factors that do not overflow.
+    norm = control.base_norm
+    known = jnp.isfinite(norm) & (trial.linear < norm)
+    less, more = norm - trial.norm, norm + trial.norm
+    below = where(known, norm - trial.linear, 1)
+    ratio = less / below * (more / where(known, norm + trial.linear, 1))
+    return where(known & jnp.isfinite(ratio), ratio, -1)
+
+
+def decided(control: Control, trial: Trial, limits: Limits) -> Decision:
+    """Whether a trial is the new base, and the best point; never if not finite."""
+    finite = jnp.isfinite(trial.largest)
+    ratio = where(finite, _ratio(control, trial), -1)
+    unconditional = (control.forced > 0) | (control.damped == 0)
+    accepted = finite & (unconditional | (ratio > _MIN_RATIO))
+    success = finite & (trial.largest <= limits.atol)
+    first = ~jnp.isfinite(control.best_max)
+    better = success | (finite & ((trial.norm < control.best_norm) | first))
+    return Decision(ratio, accepted, better, accepted & ~success)
+
+
+def _after_newton(control: Control, trial: Trial, length: Array) -> Control:
+    finite = jnp.isfinite(trial.largest)
+    halved = finite & (trial.norm < _HALVED * control.mark)
+    idle = where(halved, 0, control.idle + 1)
+    slow_or_first = where(control.num_slow > 0, _PATIENCE_SLOW, _PATIENCE)
+    restarting = control.restarting > 0
+    patience = where(restarting, _PATIENCE_RESTART, slow_or_first)
+    leave = (idle >= patience.astype(idle.dtype)) | ~finite
+    to_best = leave & ~restarting & (control.best_norm < control.base_norm)
+    nothing = jnp.zeros_like(control.mark)
+    return changed(
+        control,
         damped=leave,
-        restarting=phases.restarting,
         forced=to_best,
-        flipped=jnp.array(False),
-        rejected=jnp.array(False),
+        flipped=nothing,
+        rejected=nothing,
         idle=idle,
-        in_window=jnp.zeros_like(phases.in_window),
-        num_slow=phases.num_slow,
-        num_restarts=phases.num_restarts,
-        mark=jnp.where(halved, trial.norm, phases.mark),
-        radius=_FIRST_RADIUS * base.length,
+        in_window=nothing,
+        mark=where(halved, trial.norm, control.mark),
+        radius=_FIRST_RADIUS * length,
+        to_best=to_best,
     )
-    return after, to_best
 
 
 def _after_damped(
-    phases: Phases, trial: Trial, base: Base, accepted: Bool[Array, ""]
-) -> Phases:
-    grow = (trial.ratio > _GOOD_RATIO) & ~phases.rejected
-    factor = jnp.where(trial.ratio < _POOR_RATIO, _SHRINK, jnp.where(grow, _GROW, 1.0))
-    radius = phases.radius * factor.astype(phases.radius.dtype)
-    reach = jnp.maximum(base.length, radius)
-    flat = (base.slope <= _STATIONARY * base.jacobian_norm) | (
-        base.slope * reach <= _STATIONARY * base.norm
+    control: Control, trial: Trial, base: Base, decision: Decision
+) -> Control:
+    norm, ratio, length = control.base_norm, decision.ratio, length_or_one(base.length)
+    resolution = float(jnp.finfo(norm.dtype).eps) ** 0.75
+    tiny = trial.step <= resolution * trial.base
+    grow = (ratio > _GOOD_RATIO) & (control.rejected == 0)
+    factor = where(ratio < _POOR_RATIO, _SHRINK, where(grow, _GROW, 1.0))
+    radius = control.radius * factor.astype(control.radius.dtype)
+    reach = jnp.maximum(length, radius)
+    flat = (base.slope <= _STATIONARY * base.jacobian * norm) | (
+        base.slope * reach <= _STATIONARY * norm * norm
     )
-    stationary = flat | (trial.tiny & (trial.ratio < _POOR_RATIO))
-    in_window = phases.in_window + 1
-    asked = in_window % _WINDOW == 0
-    slow = asked & (base.norm > _HALVED * phases.mark)
+    stationary = flat | (tiny & (ratio < _POOR_RATIO))
+    in_window = control.in_window + 1  # 1, ..., and from the second window on
+    asked = (in_window == _WINDOW) | (in_window == 2 * _WINDOW)
+    slow = asked & (norm > _HALVED * control.mark)
     leave = stationary | slow
-    again = slow & ~stationary & (base.norm <= base.best_norm)
+    again = slow & ~stationary & (norm <= control.best_norm)
     restart = leave & ~again
-    newton_mark = jnp.where(again, base.best_norm, jnp.inf)
-    damped_mark = jnp.where(asked | (in_window == 1), base.norm, phases.mark)
-    return Phases(
+    cycle, quarter = again | restart, control.quarter
+    newton_mark = where(again, control.best_norm, jnp.inf)
+    damped_mark = where(asked | (in_window == 1), norm, control.mark)
+    dtype = control.mark.dtype
+    return changed(
+        control,
         damped=~leave,
         restarting=restart,
-        forced=jnp.array(False),
-        flipped=restart & (phases.num_restarts % 2 == 1),
-        rejected=~accepted,
-        idle=jnp.zeros_like(phases.idle),
-        in_window=in_window,
-        num_slow=phases.num_slow + again.astype(int),
-        num_restarts=phases.num_restarts + restart.astype(int),
-        mark=jnp.where(leave, newton_mark, damped_mark),
+        forced=jnp.zeros_like(norm),
+        flipped=restart & ((quarter == 1) | (quarter == 3)),
+        rejected=~decision.accepted,
+        idle=jnp.zeros_like(norm),
+        in_window=where(in_window == 2 * _WINDOW, _WINDOW, in_window),
+        quarter=where(restart, where(quarter == 3, 0, quarter + 1), quarter),
+        odd=(control.odd > 0) != cycle,
+        num_slow=control.num_slow + again.astype(dtype),
+        num_restarts=control.num_restarts + restart.astype(dtype),
+        mark=where(leave, newton_mark, damped_mark),
         radius=radius,
+        to_best=jnp.zeros_like(norm),
     )
 
 
-def next_phase(
-    phases: Phases, trial: Trial, base: Base, accepted: Bool[Array, ""]
-) -> tuple[Phases, Bool[Array, ""]]:
-    """The phase after a trial, and whether its next trial is the best point so far."""
-    newton, to_best = _after_newton(phases, trial, base)
-    damped = _after_damped(phases, trial, base, accepted)
+def after(
+    vector: Float[Array, " n"], trial: Trial, base: Base, limits: Limits, size: int
+) -> Float[Array, " n"]:
+    """The control after a trial: what the points are, and the phase of the next trial.
+
+    `size` is the number of evaluations that a Jacobian takes.
+    """
+    control, trial, base = widened((read(vector), trial, base), vector)
+    decision = decided(control, trial, limits)
+    accepted, better, wanted = decision.accepted, decision.better, decision.wanted
+    evaluations = 1 + size * wanted.astype(vector.dtype)
+    control = changed(
+        control,
+        base_norm=where(accepted, trial.norm, control.base_norm),
+        best_norm=where(better, trial.norm, control.best_norm),
+        best_max=where(better, trial.largest, control.best_max),
+        num_evaluations=control.num_evaluations + evaluations,
+    )
+    length = length_or_one(base.length)
+    newton = _after_newton(control, trial, length)
+    damped = _after_damped(control, trial, base, decision)
     # A forced damped trial was the way back to the best point.
-    start = (jnp.array(False), _FIRST_RADIUS * base.length)
-    arrived = eqx.tree_at(lambda p: (p.forced, p.radius), phases, start)
-    damped = select(phases.forced, arrived, damped)
-    return select(phases.damped, damped, newton), to_best & ~phases.damped
+    nothing = jnp.zeros_like(control.mark)
+    radius = _FIRST_RADIUS * length
+    arrived = changed(control, forced=nothing, radius=radius, to_best=nothing)
+    damped = _select(control.forced > 0, arrived, damped)
+    new = _select(control.damped > 0, damped, newton)
+    best = ~better & (control.base_norm <= control.best_norm)
+    new = changed(new, stuck=best & (base.excess <= 0))
+    return settled(_fields(new), vector)
 
 
-def select(pred: Bool[Array, ""], x: Phases, y: Phases) -> Phases:
-    """Returns `x` where `pred`, else `y`."""
-    return jtu.tree_map(lambda xi, yi: jnp.where(pred, xi, yi), x, y)
+def is_regular(control: Control, jacobian_norm: Array, step_length: Array) -> Array:
+    """Whether a step shows that the Jacobian is not singular."""
+    eps = float(jnp.finfo(control.mark.dtype).eps)
+    too_large = _REGULAR * control.base_norm / eps
+    return (jacobian_norm * step_length < too_large) & (control.damped == 0)
+
+
+def _select(pred: Array, x: Control, y: Control) -> Control:
+    pairs: dict[str, Any] = {
+        f.name: where(pred, getattr(x, f.name), getattr(y, f.name))
+        for f in dataclasses.fields(Control)
+    }
+    return Control(**pairs)
+
+
+def is_over(control: Control, limits: Limits) -> tuple[Array, Array]:
+    """Whether the solve has ended, and whether with a root."""
+    success = control.best_max <= limits.atol
+    no_start = (control.num_evaluations > 0) & ~jnp.isfinite(control.best_max)
+    exhausted = control.num_cycles > limits.max_restarts
+    return success | no_start | exhausted | (control.stuck > 0), success

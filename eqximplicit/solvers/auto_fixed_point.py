@@ -153,7 +153,7 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
             history=history,
             explained=jnp.zeros_like(history.distance),
             factor=jnp.eye(history.window + 1, dtype=history.gram.dtype),
-            control=at_start(vs.real_dtype(y)).packed(),
+            control=at_start(vs.real_dtype(y)),
         )
 
     def step(

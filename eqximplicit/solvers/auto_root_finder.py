@@ -15,7 +15,7 @@ from .._custom_types import PyTree, ShapeDtypeStruct
 from .._solution import as_results, Aux, RESULTS, Y
 from ..linear_solvers._small import LARGEST
 from ._opening import AbstractOpening, Opened, small_newton
-from ._root_dense import DenseState, init_dense, is_over, Limits, step_dense, why
+from ._root_dense import DenseState, init_dense, step_dense, why
 from ._root_krylov import (
     init_krylov,
     is_over_krylov,
@@ -23,6 +23,7 @@ from ._root_krylov import (
     step_krylov,
     why_krylov,
 )
+from ._root_phases import is_over, Limits, read
 from ._root_vector import real_size
 from ._vector_space import has_complex, one_dtype, real_dtype
 
@@ -193,7 +194,7 @@ class AutoRootFinder(
         if isinstance(state, KrylovState):
             done, success = is_over_krylov(state, limits.atol)
         else:
-            done, success = is_over(state, limits)
+            done, success = is_over(read(state.control), limits)
         failure = optx.RESULTS.nonlinear_divergence
         failed = done & ~success
         result = optx.RESULTS.where(failed, failure, optx.RESULTS.successful)
@@ -216,15 +217,18 @@ class AutoRootFinder(
         if isinstance(state, KrylovState):
             reason, largest = why_krylov(state, limits.atol), state.largest
             restarts = jnp.zeros_like(state.num_evaluations)
+            evaluations = state.num_evaluations
         else:
-            reason, largest = why(state, y, limits), state.best_max
-            restarts = state.phases.num_cycles
+            control = read(state.control)
+            reason, largest = why(state, y, limits), control.best_max
+            restarts = control.num_cycles.astype(int)
+            evaluations = control.num_evaluations.astype(int)
         ended = result == optx.RESULTS.nonlinear_max_steps_reached
         reason = RESULTS.where(ended, as_results(result), reason)
         stats = {
             "result": reason,
             "residual_norm": largest,
-            "num_evaluations": state.num_evaluations,
+            "num_evaluations": evaluations,
             "num_restarts": restarts,
         }
         return y, state.aux, stats

@@ -1,0 +1,94 @@
+"""The scalars of a loop as one vector.
+
+Each scalar that a compiled loop carries by itself costs a kernel to compile, with all
+that leads to the scalar in it once more. So solvers carry theirs in one vector, and the
+rules that change them are elementwise: they hold for scalars as for vectors.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+
+T = TypeVar("T")
+Record = TypeVar("Record", bound=eqx.Module)
+
+
+def packed(record: eqx.Module, dtype: Any) -> Float[Array, " n"]:
+    """The fields of a record as one vector, an entry per field.
+
+    **Arguments:**
+
+    - `record`: a module whose fields are scalars, or vectors as long as it has fields.
+    - `dtype`: of the vector. Flags become 0 or 1.
+    """
+    names = [f.name for f in dataclasses.fields(record)]
+    n = len(names)
+    fields = [jnp.broadcast_to(getattr(record, f), (n,)).astype(dtype) for f in names]
+    out = fields[0]
+    for i, field in enumerate(fields[1:], 1):
+        out = jax.lax.select(np.arange(n) == i, field, out)
+    return out
+
+
+def unpacked(kind: type[Record], vector: Float[Array, " n"]) -> Record:
+    """The record of which `vector` is `packed`."""
+    entries = [
+        jax.lax.index_in_dim(vector, i, keepdims=False) for i in range(vector.size)
+    ]
+    return kind(*entries)
+
+
+def changed(record: Record, **changes: Array) -> Record:
+    """As `dataclasses.replace`, in the dtype that the fields have."""
+    cast: dict[str, Any] = {
+        name: value.astype(getattr(record, name).dtype)
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(record, **cast)
+
+
+def where(pred: Array, x: Array | float, y: Array | float) -> Array:
+    """`jnp.where` for arguments of one shape, and without its `jit` to be traced.
+
+    Of two numbers the result is weakly typed, as there.
+    """
+    arrays = [z for z in (x, y) if isinstance(z, jax.Array)]
+    if not arrays:
+        return jnp.where(pred, x, y)
+    dtype = arrays[0].dtype
+    both = [
+        z if isinstance(z, jax.Array) else jax.lax.full_like(pred, z, dtype)
+        for z in (x, y)
+    ]
+    return jax.lax.select(pred, *both)
+
+
+def _always(vector: Array) -> Array:
+    """True everywhere, unknown to the compiler (the vector holds no NaN).
+
+    What depends on it is not taken apart into scalars, nor computed again in all that
+    uses it; the control flow then compiles to one small kernel.
+    """
+    return vector == vector
+
+
+def widened(tree: T, vector: Float[Array, " n"]) -> T:
+    """Scalars as vectors like `vector`."""
+
+    def leaf(x: Array) -> Array:
+        x = jnp.broadcast_to(x, vector.shape)
+        return jax.lax.select(_always(vector), x, jnp.zeros_like(x))
+
+    return jtu.tree_map(leaf, tree)
+
+
+def settled(new: Array, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Returns `new`, which a division by one keeps from being computed twice."""
+    one, two = (jax.lax.full_like(new, value) for value in (1, 2))
+    return new / jax.lax.select(_always(vector), one, two)
