@@ -151,12 +151,25 @@ def test_chandrasekhar_has_the_published_moment():
     ],
 )
 def test_float32_reaches_1e_5_and_says_so(name):
-    p = BY_NAME[name]
-    sol = solve(p, AutoFixedPoint(), jnp.float32)
+    reaches_1e_5_in_float32(BY_NAME[name], AutoFixedPoint())
+
+
+def reaches_1e_5_in_float32(p, solver):
+    sol = solve(p, solver, jnp.float32)
     assert sol.result == optx.RESULTS.successful
-    assert sol.value.dtype == jnp.float32
-    size = 1 + float(jnp.max(jnp.abs(sol.value)))
+    leaves = jtu.tree_leaves(sol.value)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+    size = 1 + max(float(jnp.max(jnp.abs(leaf))) for leaf in leaves)
     assert residual_norm(p, sol.value, jnp.float32) < 1e-5 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Anderson, Broyden])
+@pytest.mark.parametrize(
+    "name", ["contractive (Kepler)", "SCF", "PageRank", "Sinkhorn"]
+)
+def test_the_other_methods_reach_1e_5_in_float32(kind, name):
+    reaches_1e_5_in_float32(BY_NAME[name], kind())
 
 
 def test_default_tolerance_is_what_the_dtype_can_reach():
