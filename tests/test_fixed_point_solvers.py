@@ -464,6 +464,18 @@ def test_broyden_finds_roots_of_either_sign(sign, update):
     np.testing.assert_allclose([sol.value["a"], sol.value["b"]], 1, rtol=1e-9)
 
 
+def test_broyden_searches_along_its_step_where_the_full_step_diverges():
+    # In one dimension the full steps are those of the secant method.
+    last, y = 10.0, 10.0 - np.arctan(10.0) * (1 + 10.0**2)
+    for _ in range(5):
+        slope = (np.arctan(y) - np.arctan(last)) / (y - last)
+        last, y = y, y - np.arctan(y) / slope
+    assert abs(y) > 100
+    solver = Broyden(rtol=1e-10, atol=1e-10)
+    sol = optx.root_find(lambda y, args: jnp.arctan(y), solver, jnp.array([10.0]))
+    np.testing.assert_allclose(sol.value, 0, atol=1e-9)
+
+
 def test_broyden_forgets_a_full_memory_and_goes_on():
     p = BY_NAME["PageRank"]
     sol = solve(p, Broyden(rtol=0.0, atol=1e-10, window=3))
