@@ -1,4 +1,8 @@
-"""JOIN, in one line: solve a condition now, with a good default for everything."""
+"""JOIN, in one line: solve a condition now, with a good default for everything.
+
+The four signatures are written out, for whoever reads them in an editor; a test holds
+them to each other and to `ImplicitFunction`.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,6 +10,7 @@ from typing import Any, TypeVar
 from ._adjoint import AbstractAdjoint
 from ._condition import FixedPoint, LeastSquares, Minimum, Root
 from ._function import ImplicitFunction
+from ._monitor import Monitor
 from ._solution import Solution
 
 Y = TypeVar("Y")
@@ -25,6 +30,7 @@ def root_find(
     tags: object = frozenset(),
     residual_tol: float | None = None,
     options: dict[str, Any] | None = None,
+    monitor: Monitor | None = None,
 ) -> Solution[Y, Any]:
     """Returns the solution of `fn(y, args) = 0`.
 
@@ -34,8 +40,8 @@ def root_find(
     - `y0`: the initial guess, any pytree of numbers and arrays. It has no derivative.
     - `args`: the second argument of `fn`, any pytree.
     - `tags`: lineax tags of `∂fn/∂y`.
-    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`:
-        as in [`eqximplicit.ImplicitFunction`][].
+    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`,
+        `monitor`: as in [`eqximplicit.ImplicitFunction`][].
 
     **Returns:** a [`eqximplicit.Solution`][]; its `value` is differentiable in `args`
     and in every array that `fn` holds or captured.
@@ -51,6 +57,7 @@ def root_find(
         has_aux=has_aux,
         residual_tol=residual_tol,
         options=options,
+        monitor=monitor,
     )
     return layer.solve(y0, args)
 
@@ -68,6 +75,7 @@ def fixed_point(
     tags: object = frozenset(),
     residual_tol: float | None = None,
     options: dict[str, Any] | None = None,
+    monitor: Monitor | None = None,
 ) -> Solution[Y, Any]:
     """Returns the solution of `y = fn(y, args)`.
 
@@ -77,8 +85,8 @@ def fixed_point(
     - `y0`: the initial guess, any pytree of numbers and arrays. It has no derivative.
     - `args`: the second argument of `fn`, any pytree.
     - `tags`: lineax tags of `I - ∂fn/∂y`.
-    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`:
-        as in [`eqximplicit.ImplicitFunction`][].
+    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`,
+        `monitor`: as in [`eqximplicit.ImplicitFunction`][].
 
     **Returns:** a [`eqximplicit.Solution`][]; its `value` is differentiable in `args`
     and in every array that `fn` holds or captured.
@@ -94,6 +102,7 @@ def fixed_point(
         has_aux=has_aux,
         residual_tol=residual_tol,
         options=options,
+        monitor=monitor,
     )
     return layer.solve(y0, args)
 
@@ -111,6 +120,7 @@ def minimise(
     tags: object = frozenset(),
     residual_tol: float | None = None,
     options: dict[str, Any] | None = None,
+    monitor: Monitor | None = None,
 ) -> Solution[Y, Any]:
     """Returns a minimum of the scalar `fn(y, args)`.
 
@@ -120,8 +130,8 @@ def minimise(
     - `y0`: the initial guess, any pytree of numbers and arrays. It has no derivative.
     - `args`: the second argument of `fn`, any pytree.
     - `tags`: lineax tags of the Hessian.
-    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`:
-        as in [`eqximplicit.ImplicitFunction`][].
+    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`,
+        `monitor`: as in [`eqximplicit.ImplicitFunction`][].
 
     **Returns:** a [`eqximplicit.Solution`][]; its `value` is differentiable in `args`
     and in every array that `fn` holds or captured.
@@ -137,6 +147,7 @@ def minimise(
         has_aux=has_aux,
         residual_tol=residual_tol,
         options=options,
+        monitor=monitor,
     )
     return layer.solve(y0, args)
 
@@ -154,6 +165,7 @@ def least_squares(
     tags: object = frozenset(),
     residual_tol: float | None = None,
     options: dict[str, Any] | None = None,
+    monitor: Monitor | None = None,
 ) -> Solution[Y, Any]:
     """Returns a minimum of `½ ‖fn(y, args)‖²`.
 
@@ -163,8 +175,8 @@ def least_squares(
     - `y0`: the initial guess, any pytree of numbers and arrays. It has no derivative.
     - `args`: the second argument of `fn`, any pytree.
     - `tags`: lineax tags of the Hessian.
-    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`:
-        as in [`eqximplicit.ImplicitFunction`][].
+    - `solver`, `adjoint`, `has_aux`, `max_steps`, `throw`, `residual_tol`, `options`,
+        `monitor`: as in [`eqximplicit.ImplicitFunction`][].
 
     **Returns:** a [`eqximplicit.Solution`][]; its `value` is differentiable in `args`
     and in every array that `fn` holds or captured.
@@ -180,5 +192,6 @@ def least_squares(
         has_aux=has_aux,
         residual_tol=residual_tol,
         options=options,
+        monitor=monitor,
     )
     return layer.solve(y0, args)

@@ -21,6 +21,7 @@ from ._state import all_finite, as_state, max_abs, stop_gradient
 from ._static import refuse_static_arrays
 from .solvers import AbstractHostSolver
 from .solvers._default import default_solver
+from .solvers._verdict import check_window_fits
 
 Y = TypeVar("Y")
 Args = TypeVar("Args")
@@ -127,6 +128,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "`monitor` watches the steps of an optimistix solver, and those of "
                 f"`{type(self.solver).__name__}` cannot be seen. Leave it out."
             )
+        if _is_iterative(self.solver):
+            check_window_fits(self.solver, self.max_steps)
         refuse_static_arrays(self.condition, "condition")
         refuse_static_arrays(self.solver, "solver")
 

@@ -220,7 +220,7 @@ left.set(
     title="Equal cost",
     ylim=(0.06, 0.2),
 )
-left.legend()
+left.legend(fontsize="small")
 features = load_breast_cancer().feature_names
 found = np.exp(searches["hypergradient descent"][-1]["theta"])
 on_grid = np.exp(searches["grid, 80 points"][-1]["theta"][0])
@@ -313,8 +313,8 @@ print(
 )
 
 # %%
-fig = plt.figure(figsize=(11, 4), layout="constrained")
-left, right = fig.subfigures(1, 2, width_ratios=(1, 1.4))
+fig = plt.figure(figsize=(11, 3.4), layout="constrained")
+left, right = fig.subfigures(1, 2, width_ratios=(1, 2))
 ax = left.subplots()
 ax.plot(curve, label="training on ten pictures")
 ax.set(xlabel="hypergradient step", ylabel="loss on 1437 digits (dimensionless)")

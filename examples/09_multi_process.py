@@ -206,8 +206,9 @@ if sys.argv[1:2] == ["worker"]:
 
 try:
     SCRIPT = Path(__file__).resolve()
-except NameError:  # in a notebook
-    SCRIPT = Path("09_multi_process.py").resolve()
+except NameError:  # in a notebook, started beside the examples or one folder above
+    places = (Path(folder, "09_multi_process.py") for folder in (".", "examples"))
+    SCRIPT = next(place for place in places if place.exists()).resolve()
 OUTPUTS = Path("outputs")
 OUTPUTS.mkdir(exist_ok=True)
 

@@ -40,9 +40,19 @@ def coupled_cell(z, args):
     return jnp.tanh(0.5 * z + 0.3 * mean + jnp.diagonal(w)[None, :] + x)
 
 
+def energy(z, args):
+    """A quadratic form of each row; its minimum is `z H = x`."""
+    w, x = args
+    return jnp.sum(z * (0.5 * jnp.matmul(z, hessian(w)) - x))
+
+
+def hessian(w):
+    return np.eye(FEATURES) + 0.2 * (w + w.T)
+
+
 def loss(solver, linear_solver, cell, w, x):
     layer = eqi.ImplicitFunction(
-        eqi.FixedPoint(cell),
+        eqi.Minimum(cell) if cell is energy else eqi.FixedPoint(cell),
         solver,
         eqi.ImplicitAdjoint(linear_solver=linear_solver),
         throw=False,
@@ -58,6 +68,12 @@ def data():
 
 def reference(cell, w, x):
     """The loss and its gradients by NumPy: iterate long, then solve densely by row."""
+    if cell is energy:
+        # z = x H⁻¹, so x̄ = 2 z / N H⁻¹ and H̄ = -zᵀ x̄.
+        inverse = np.linalg.inv(hessian(w))
+        z = x @ inverse
+        x_bar = 2 * z / z.size @ inverse
+        return np.mean(z**2), (-0.2 * (z.T @ x_bar + x_bar.T @ z), x_bar)
     z, eye = np.zeros_like(x), np.eye(FEATURES)
 
     def before_tanh(z):
@@ -171,6 +187,24 @@ def mapped(solver, linear_solver):
     )
 
 
+def checked_mapping():
+    """What `shard_map` says with its check of varying values on, or `None`."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    def solve(x):
+        layer = eqi.ImplicitFunction(
+            eqi.FixedPoint(lambda y, x: 0.5 * jnp.cos(y) + x), PICARD, throw=False
+        )
+        return layer(jnp.zeros_like(x), x)
+
+    try:
+        jax.eval_shape(solve, jnp.ones(8))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
 def waiting():
     """Evaluations of the function on each device, where some lanes need more."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -226,6 +260,7 @@ def host_calls(throw):
 
 PICARD = optx.FixedPointIteration(**TOL)
 KRYLOV = eqi.HybridKrylov(rtol=1e-12)
+TIGHT = {"rtol": 0.0, "atol": 1e-13}
 
 CASES = {
     "jit, rows, Anderson, HybridKrylov": lambda: jitted(eqi.Anderson(**TOL), KRYLOV),
@@ -244,6 +279,9 @@ CASES = {
     "jit, features with a matrix, Broyden, HybridKrylov": lambda: jitted(
         eqi.Broyden(**TOL), KRYLOV, specs=(COLUMNS, COLUMNS)
     ),
+    "jit, rows, FIRE, HybridKrylov": lambda: jitted(
+        eqi.FIRE(**TIGHT), KRYLOV, cell=energy
+    ),
     "explicit, rows, AutoFixedPoint, AutoLinearSolver": lambda: explicit(
         eqi.AutoFixedPoint(**TOL), eqi.AutoLinearSolver(rtol=1e-12)
     ),
@@ -258,6 +296,7 @@ def main():
     report["direct"] = jitted(PICARD, eqi.AutoLinearSolver(fallback_size=4096))
     report["two_devices"] = jitted(eqi.Anderson(**TOL), KRYLOV, devices=2)
     report["waiting"] = waiting()
+    report["checked_mapping"] = checked_mapping()
     report["host_calls"] = {str(t): host_calls(t) for t in (False, True)}
     print(json.dumps(report))
 
@@ -273,6 +312,9 @@ def table():
         for devices in (1, 2, 4, 8):
             out = jitted(solver, KRYLOV, devices=devices)
             print(name, devices, json.dumps(out["loops"]), flush=True)
+    for devices in (1, 2, 4, 8):
+        out = jitted(eqi.FIRE(**TIGHT), KRYLOV, cell=energy, devices=devices)
+        print("FIRE", devices, json.dumps(out["loops"]), flush=True)
 
 
 def configure():

@@ -182,6 +182,64 @@ def test_unrolled_and_implicit_agree_at_convergence():
     assert_close(unrolled, implicit, tol=OPTIMISTIX)
 
 
+def _shifted(condition):
+    """A condition with the solution `sin(b)`, which is asymmetric and nonlinear in y.
+
+    The last is the residual of the others; a minimum has its own.
+    """
+    if condition is eqi.Minimum:
+        return eqi.Minimum(lambda y, b: jnp.sum(jnp.cosh(y - jnp.sin(b))))
+
+    def residual(y, b):
+        d = y - jnp.sin(b)
+        return jnp.stack([jnp.sinh(d[0]) + d[1] / 2, jnp.sinh(d[1]) - d[0] / 4])
+
+    if condition is eqi.FixedPoint:
+        return eqi.FixedPoint(lambda y, b: y - residual(y, b) / 2)
+    return condition(residual)
+
+
+# FIRE's velocity carries the derivative on for some steps after the state has arrived.
+BOTH_WAYS = {
+    "AutoRootFinder": (eqi.Root, eqi.AutoRootFinder(atol=1e-12), 64),
+    "AutoFixedPoint": (eqi.FixedPoint, eqi.AutoFixedPoint(**TOLERANCES), 64),
+    "Anderson": (eqi.FixedPoint, eqi.Anderson(**TOLERANCES), 64),
+    "Broyden, good": (eqi.FixedPoint, eqi.Broyden(**TOLERANCES), 64),
+    "Broyden, bad": (eqi.FixedPoint, eqi.Broyden(**TOLERANCES, update="bad"), 64),
+    "FIRE": (eqi.Minimum, eqi.FIRE(rtol=0.0, atol=1e-10), 256),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("Auto") else pytest.mark.slow)
+        for name in BOTH_WAYS
+    ],
+)
+def test_both_adjoints_agree_with_the_closed_form_for_every_solver(name):
+    condition, solver, max_steps = BOTH_WAYS[name]
+    weights = jnp.array([1.0, -2.0])
+
+    def loss(b, adjoint):
+        layer = eqi.ImplicitFunction(
+            _shifted(condition), solver, adjoint, max_steps=max_steps
+        )
+        return weights @ layer(jnp.zeros(2), b)
+
+    @jax.jit
+    def gradients(b):
+        adjoints = eqi.ImplicitAdjoint(), eqi.UnrolledAdjoint()
+        return [jax.grad(loss)(b, adjoint) for adjoint in adjoints]
+
+    b = jnp.array([0.7, -0.2])
+    implicit, unrolled = gradients(b)
+    exact = weights * jnp.cos(b)
+    assert_close(implicit, exact, tol=1e-9)
+    # The derivative of the iterates lags behind the iterates.
+    assert_close(unrolled, exact, tol=1e-6)
+
+
 def test_unrolled_adjoint_of_a_traceable_callable_solver():
     layer = eqi.ImplicitFunction(
         eqi.FixedPoint(lambda y, b: (jnp.cos(y) + b) / 2),

@@ -106,18 +106,28 @@ def test_non_finite_trial_is_a_rejected_step():
     np.testing.assert_allclose(y, 1.0, atol=1e-8)
 
 
-def test_lanes_of_a_batch_are_independent():
-    fn = lambda y, a: jnp.stack([y[0] ** 2 - a, y[1] - y[0]])
+def test_lanes_of_a_batch_are_independent_and_compiled_once():
+    traces = []
+
+    def fn(y, a):
+        traces.append(None)
+        return jnp.stack([y[0] ** 2 - a, y[1] - y[0]])
+
     a = jnp.linspace(1.0, 100.0, 10_000).at[17].set(-1.0).at[4321].set(jnp.nan)
     start = jnp.broadcast_to(jnp.array([3.0, 1.0]), (10_000, 2))
     solve = lambda y0, a: _solve(fn, y0, a)
-    y, stats, claimed = eqx.filter_jit(jax.vmap(solve))(start, a)
+    batch = eqx.filter_jit(jax.vmap(solve))
+    y, stats, claimed = batch(start, a)
     good = np.delete(np.arange(10_000), [17, 4321])
     np.testing.assert_allclose(y[good, 0], np.sqrt(a[good]), rtol=1e-8)
     assert bool(np.all(claimed[good]))
     assert not claimed[17]
     assert not claimed[4321]
     assert int(np.max(stats["num_steps"][good])) < 20
+    count = len(traces)
+    again = batch(start, a[::-1])[1]["num_steps"]
+    np.testing.assert_array_equal(again, stats["num_steps"][::-1])
+    assert len(traces) == count
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])

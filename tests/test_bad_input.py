@@ -267,6 +267,25 @@ def test_solver_of_the_wrong_kind_is_refused_with_a_remedy(condition, solver, re
         layer(jnp.ones(2))
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [NEWTON, *(kind(1e-8, 1e-8) for kind in (optx.LevenbergMarquardt, optx.BFGS))],
+    ids=["root finder", "least squares", "minimiser"],
+)
+def test_solver_of_another_kind_solves_a_fixed_point_as_in_optimistix(solver):
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(lambda y, _: jnp.cos(y)), solver)
+    np.testing.assert_allclose(layer(jnp.array(0.5)), 0.7390851332151607, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [eqi.Anderson, eqi.AutoFixedPoint, eqi.Broyden])
+def test_window_that_the_steps_can_never_fill_is_refused_when_the_layer_is_made(kind):
+    condition = eqi.FixedPoint(lambda y, _: jnp.cos(y))
+    with pytest.raises(ValueError, match=r"window=7\).*larger than `max_steps=6`"):
+        eqi.ImplicitFunction(condition, kind(window=7), max_steps=6)
+    eqi.ImplicitFunction(condition, kind(window=7), max_steps=7)
+    eqi.ImplicitFunction(condition, kind(), max_steps=1)  # nobody chose that window
+
+
 @pytest.mark.parametrize("residual_tol", [-1.0, float("nan")])
 def test_residual_tolerance_that_nothing_meets_is_refused(residual_tol):
     with pytest.raises(ValueError, match="`residual_tol` must be >= 0"):

@@ -143,14 +143,33 @@ def test_chandrasekhar_has_the_published_moment():
     np.testing.assert_allclose(weights @ h, moment, rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["slow (rate 0.99)", pytest.param("SCF", marks=slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "slow (rate 0.99)" else slow)
+        for name in BY_NAME
+    ],
+)
 def test_float32_reaches_1e_5_and_says_so(name):
-    p = BY_NAME[name]
-    sol = solve(p, AutoFixedPoint(), jnp.float32)
+    reaches_1e_5_in_float32(BY_NAME[name], AutoFixedPoint())
+
+
+def reaches_1e_5_in_float32(p, solver):
+    sol = solve(p, solver, jnp.float32)
     assert sol.result == optx.RESULTS.successful
-    assert sol.value.dtype == jnp.float32
-    size = 1 + float(jnp.max(jnp.abs(sol.value)))
+    leaves = jtu.tree_leaves(sol.value)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+    size = 1 + max(float(jnp.max(jnp.abs(leaf))) for leaf in leaves)
     assert residual_norm(p, sol.value, jnp.float32) < 1e-5 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Anderson, Broyden])
+@pytest.mark.parametrize(
+    "name", ["contractive (Kepler)", "SCF", "PageRank", "Sinkhorn"]
+)
+def test_the_other_methods_reach_1e_5_in_float32(kind, name):
+    reaches_1e_5_in_float32(BY_NAME[name], kind())
 
 
 def test_default_tolerance_is_what_the_dtype_can_reach():
@@ -241,6 +260,32 @@ def test_a_bad_lane_harms_no_other(solver):
     np.testing.assert_array_equal(failed, [False, True, False, False])
     alone = jax.jit(one)(rates[2])
     assert int(num_steps[2]) == int(alone[2])
+
+
+def test_ten_thousand_lanes_stop_one_by_one_and_are_compiled_once():
+    traces, lanes, bad = [], 10_000, np.array([17, 4321])
+
+    def fn(y, r):
+        traces.append(None)
+        return r * y * (1 - y)
+
+    def one(r):
+        sol = optx.fixed_point(fn, SOLVERS["auto"], jnp.full(1, 0.55), r, throw=False)
+        ok = sol.stats["result"] == RESULTS.successful
+        return sol.value[0], ok, sol.stats["num_steps"]
+
+    batch = jax.jit(jax.vmap(one))
+    rates = jnp.linspace(1.5, 3.3, lanes).at[bad].set(jnp.array([jnp.nan, jnp.inf]))
+    values, ok, num_steps = batch(rates)
+    good = np.delete(np.arange(lanes), bad)
+    np.testing.assert_array_equal(ok, np.isfinite(rates))
+    np.testing.assert_allclose(values[good], 1 - 1 / rates[good], rtol=1e-9)
+    assert len(set(np.asarray(num_steps[good]).tolist())) > 3
+    assert int(jnp.max(num_steps[good])) < 40
+    np.testing.assert_array_equal(num_steps[bad], 1)
+    count = len(traces)
+    np.testing.assert_array_equal(batch(rates[::-1])[2], num_steps[::-1])
+    assert len(traces) == count
 
 
 @each_method
@@ -361,6 +406,53 @@ def test_anderson_solves_a_linear_map_in_as_many_steps_as_unknowns(mixing):
     np.testing.assert_allclose(sol.value, np.linalg.solve(np.eye(4) - matrix, b))
 
 
+def anderson_by_numpy(fn, y, steps, *, window, mixing, ridge, restart):
+    """The iterates of Anderson's method by a dense least-squares fit."""
+    last, columns = None, []
+    for _ in range(steps):
+        r = fn(y) - y
+        if last is not None:
+            columns = [] if len(columns) == restart else columns
+            columns = [*columns, (y - last[0], r - last[1])][-window:]
+        step = mixing * r
+        if columns:
+            dy, dr = (np.stack(part, axis=1) for part in zip(*columns, strict=True))
+            penalty = np.sqrt(ridge) * np.diag(np.linalg.norm(dr, axis=0))
+            rhs = np.concatenate([r, np.zeros(len(columns))])
+            gamma = np.linalg.lstsq(np.concatenate([dr, penalty]), rhs, rcond=None)[0]
+            step = mixing * (r - dr @ gamma) - dy @ gamma
+        last, y = (y, r), y + step
+    return last[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 3, "mixing": 0.7, "ridge": 1e-12, "restart": None},
+        {"window": 3, "mixing": 1.0, "ridge": 1e-1, "restart": None},
+        {"window": 9, "mixing": 1.0, "ridge": 1e-12, "restart": 2},
+    ],
+    ids=["window", "ridge", "restart"],
+)
+def test_anderson_takes_the_steps_of_its_formula(options):
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(9, 9)), rng.normal(size=9)
+    matrix = 0.9 * a / np.linalg.norm(a, 2)
+    steps = 7
+    exact = anderson_by_numpy(
+        lambda y: np.tanh(matrix @ y + b), np.zeros(9), steps, **options
+    )
+    sol = optx.fixed_point(
+        lambda y, args: jnp.tanh(args[0] @ y + args[1]),
+        Anderson(rtol=0.0, atol=1e-15, safeguard=1e9, **options),
+        jnp.zeros(9),
+        (jnp.asarray(matrix), jnp.asarray(b)),
+        max_steps=steps,
+        throw=False,
+    )
+    np.testing.assert_allclose(sol.value, exact, rtol=1e-8)
+
+
 @pytest.mark.parametrize(("sign", "update"), [(1, "good"), (-1, "bad")])
 def test_broyden_finds_roots_of_either_sign(sign, update):
     def fn(y, args):  # Kelley's example: the root is (1, 1).
@@ -370,6 +462,18 @@ def test_broyden_finds_roots_of_either_sign(sign, update):
     solver = Broyden(rtol=1e-10, atol=1e-10, update=update)
     sol = optx.root_find(fn, solver, {"a": jnp.array(1.5), "b": jnp.array(0.7)})
     np.testing.assert_allclose([sol.value["a"], sol.value["b"]], 1, rtol=1e-9)
+
+
+def test_broyden_searches_along_its_step_where_the_full_step_diverges():
+    # In one dimension the full steps are those of the secant method.
+    last, y = 10.0, 10.0 - np.arctan(10.0) * (1 + 10.0**2)
+    for _ in range(5):
+        slope = (np.arctan(y) - np.arctan(last)) / (y - last)
+        last, y = y, y - np.arctan(y) / slope
+    assert abs(y) > 100
+    solver = Broyden(rtol=1e-10, atol=1e-10)
+    sol = optx.root_find(lambda y, args: jnp.arctan(y), solver, jnp.array([10.0]))
+    np.testing.assert_allclose(sol.value, 0, atol=1e-9)
 
 
 def test_broyden_forgets_a_full_memory_and_goes_on():

@@ -1,6 +1,7 @@
 """`ImplicitFunction`: condition, solver and adjoint joined in one module."""
 
 import functools
+import inspect
 import io
 
 import equinox as eqx
@@ -646,6 +647,38 @@ def test_one_liner_solves_and_differentiates(find, problem):
     expected = [leaf.sum(0) for leaf in problem.jacobian(problem.args)]
     assert_close(gradient, expected, tol=1e-6)
     assert solution.result == eqi.RESULTS.successful
+
+
+def test_one_liners_take_every_setting_of_a_layer_with_its_default():
+    layer = inspect.signature(eqi.ImplicitFunction.__init__).parameters
+    not_theirs = {"self", "condition", "where", "y0"}
+    settings = {n: p.default for n, p in layer.items() if n not in not_theirs}
+    for find in (eqi.root_find, eqi.fixed_point, eqi.minimise, eqi.least_squares):
+        own = inspect.signature(find).parameters
+        assert list(own)[:3] == ["fn", "y0", "args"]
+        mine = {n: p.default for n, p in own.items() if n not in ("fn", "y0", "args")}
+        assert mine.pop("tags") == frozenset()
+        assert mine == settings
+
+
+@pytest.mark.parametrize(
+    ("find", "fn", "solver"),
+    [
+        (eqi.root_find, lambda y, a: y**3 - a, optx.Newton),
+        (eqi.fixed_point, lambda y, a: y - (y**3 - a) / 20, optx.FixedPointIteration),
+        (eqi.minimise, lambda y, a: jnp.sum((y - a) ** 2), optx.NonlinearCG),
+        (eqi.least_squares, lambda y, a: y**3 - a, optx.GaussNewton),
+    ],
+    ids=["root", "fixed point", "minimum", "least squares"],
+)
+def test_one_liner_hands_its_monitor_on(find, fn, solver):
+    monitor, solver = eqi.Monitor(history=300), solver(rtol=1e-8, atol=1e-8)
+    solution = find(fn, jnp.array([1.5]), 8.0, solver=solver, monitor=monitor)
+    history = np.asarray(solution.stats["residual_history"])
+    count = int(solution.stats["num_steps"])
+    assert count > 1
+    assert history[count - 1] == solution.stats["residual_norm"] < history[0]
+    assert np.isnan(history[count:]).all()
 
 
 def test_linear_solver_is_the_one_knob_of_the_adjoint():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+import eqximplicit as eqi
 import eqximplicit.solvers.host as host
 from eqximplicit._solution import RESULTS
 
@@ -96,6 +97,84 @@ def test_false_success_of_scipy_is_a_failure_here():
     loose = host.ScipyRoot("anderson", tol=0.5, residual_tol=1e-3)
     _, result, _ = loose.solve(lambda y, _: jnp.expm1(y), jnp.array([1.0]), None)
     expect(result, RESULTS.residual_too_large)
+
+
+def test_no_progress_is_not_taken_for_an_exhausted_budget():
+    # MINPACK's message here ends in "from the last ten iterations".
+    fn = lambda y, _: jnp.where(y > 0, 1.0 + 1e-3 * y, 1.0)
+    _, result, stats = host.ScipyRoot("hybr").solve(fn, jnp.array([0.5, 2.0]), None)
+    expect(result, RESULTS.host_failure)
+    assert int(stats["num_evaluations"]) < 100
+
+
+LANES = {
+    "root": (host.ScipyRoot(options={"maxfev": 6}), lambda y, a: y**3 - a),
+    "minimise": (
+        host.ScipyMinimize(options={"maxiter": 2}),
+        lambda y, a: jnp.sum(y**4 / 4 - a * y),
+    ),
+    "fixed point": (
+        host.ScipyFixedPoint("iteration", options={"maxiter": 9}),
+        lambda y, a: (y + a / y**2) / 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LANES)
+def test_the_success_flag_is_mapped_lane_by_lane(kind):
+    # The guess is the solution of the first lane, and far from that of the second.
+    solver, fn = LANES[kind]
+    solve = lambda a: solver.solve(fn, jnp.array([2.0]), a)[:2]
+    a = jnp.array([8.0, 1e5])
+    y, result = jax.jit(jax.vmap(solve))(a)
+    spent = jax.vmap(lambda r: r == RESULTS.nonlinear_max_steps_reached)(result)
+    np.testing.assert_array_equal(spent, [False, True])
+    np.testing.assert_array_equal(result == RESULTS.successful, [True, False])
+    np.testing.assert_allclose(y[0], 2.0, rtol=1e-9)
+    directly = [solve(lane)[1] for lane in a]
+    expect(directly[0], RESULTS.successful)
+    expect(directly[1], RESULTS.nonlinear_max_steps_reached)
+
+
+def test_an_exception_inside_scipy_is_one_sentence_and_a_result_per_lane(caplog):
+    solve = lambda y: host.ScipyRoot("newton-raphson").solve(residual, y, jnp.ones(2))
+    guesses = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), guess())
+    with caplog.at_level(logging.ERROR, logger="eqximplicit"):
+        y, result, _ = jax.block_until_ready(jax.jit(jax.vmap(solve))(guesses))
+    failed = jax.vmap(lambda r: r == RESULTS.host_failure)(result)
+    np.testing.assert_array_equal(failed, [True, True])
+    jax.tree.map(np.testing.assert_array_equal, y, guesses)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    for sentence in said:
+        assert "`ScipyRoot` stopped on the host because of ValueError: " in sentence
+        assert "newton-raphson" in sentence
+        assert "\n" not in sentence
+
+
+def test_a_host_failure_raises_where_asked_and_is_told_where_not(caplog):
+    condition = eqi.Root(lambda y, _: y - 1)
+    with pytest.raises(RuntimeError, match="host"):
+        eqi.ImplicitFunction(condition, host.HostSolver(failing))(jnp.ones(2))
+    quiet = eqi.ImplicitFunction(condition, host.HostSolver(failing), throw=False)
+    result = jax.jit(lambda y0: quiet.solve(y0).result)(jnp.ones(2))
+    expect(result, RESULTS.host_failure)
+    assert all("the mesh is tangled" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (host.ScipyRoot, "tol"),
+        (host.ScipyRoot, "residual_tol"),
+        (host.ScipyFixedPoint, "tol"),
+        (host.ScipyFixedPoint, "residual_tol"),
+        (host.ScipyMinimize, "tol"),
+    ],
+)
+def test_a_negative_tolerance_is_refused_by_name(kind, name):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\({name}=\.\.\.\)"):
+        kind(**{name: -1e-6})
 
 
 def test_exhausted_budget_has_its_own_code():

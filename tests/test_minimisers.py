@@ -223,6 +223,14 @@ def test_default_finds_the_minimum_within_default_steps(fn, y0, minimum, dtype):
         assert float(jnp.max(jnp.abs(gradient))) <= tol
 
 
+def test_default_tolerances_are_what_single_precision_reaches():
+    y0, a = jnp.array([-1.2, 1.0], jnp.float32), jnp.float32(1)
+    sol = run(rosenbrock, AutoMinimiser(), y0, a)
+    expect(sol, RESULTS.successful)
+    np.testing.assert_allclose(sol.value, 1.0, atol=1e-3)
+    assert float(jnp.max(jnp.abs(jax.grad(rosenbrock)(sol.value, a)))) < 1e-3
+
+
 def test_a_quasi_newton_stop_by_small_step_is_not_taken_for_a_minimum():
     # optimistix's BFGS ends here by its step; the gradient is what decides.
     fn = lambda y, _: 1e6 * rosenbrock(y, 1.0)
@@ -340,8 +348,13 @@ def test_default_is_differentiable_by_the_implicit_function_theorem():
 
 
 def test_default_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match=r"AutoMinimiser\(atol="):
-        AutoMinimiser(atol=-1.0)
+    for kind in (AutoMinimiser, AutoLeastSquares):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}\(atol="):
+            kind(atol=-1.0)
+        with pytest.warns(UserWarning, match=rf"{kind.__name__}.*resolution"):
+            kind(rtol=1e-20, atol=1e-20)
+    with pytest.warns(UserWarning, match=r"FIRE.*resolution"):
+        FIRE(0.0, 1e-20)
     fn = lambda y, _: jnp.sum(jnp.abs(y) ** 2)
     with (
         pytest.warns(UserWarning, match="Complex support in Optimistix"),
@@ -388,6 +401,21 @@ def test_linear_least_squares_agrees_with_numpy(dense_size):
     np.testing.assert_allclose(sol.value, want, atol=1e-8)
 
 
+@pytest.mark.parametrize("x64", [True, False])
+def test_least_squares_in_single_precision_agrees_with_numpy(x64):
+    rng = np.random.default_rng(3)
+    matrix, rhs = rng.normal(size=(12, 5)), rng.normal(size=12)
+    want = np.linalg.lstsq(matrix, rhs, rcond=None)[0]
+    with jax.enable_x64(x64):
+        args = (jnp.asarray(matrix, jnp.float32), jnp.asarray(rhs, jnp.float32))
+        fn = lambda y, a: a[0] @ y - a[1]
+        y0 = jnp.zeros(5, jnp.float32)
+        sol = optx.least_squares(fn, AutoLeastSquares(), y0, args, throw=False)
+        expect(sol, RESULTS.successful)
+    assert sol.value.dtype == jnp.float32
+    np.testing.assert_allclose(sol.value, want, atol=1e-5)
+
+
 def test_least_squares_reports_a_maximum():
     # At y = 0 the gradient of (y^2 - 1)^2 vanishes, but it is a local maximum.
     solver = AutoLeastSquares()
@@ -396,5 +424,5 @@ def test_least_squares_reports_a_maximum():
 
 
 def test_solvers_are_modules_whose_numbers_can_be_swapped():
-    solver = eqx.tree_at(lambda s: s.atol, AutoMinimiser(), 1e-3)
+    solver = eqx.tree_at(lambda s: s.atol, AutoMinimiser(1e-8, 1e-8), 1e-3)
     assert solver.atol == 1e-3

@@ -105,6 +105,11 @@ def test_independent_lanes_do_not_wait_for_each_other(report):
     assert waiting["together"] == max(steps)
 
 
+def test_the_check_of_varying_values_refuses_a_layer_while_tracing(report):
+    # What `docs/scale_out.md` explains. Once this fails, `check_vma` may stay on.
+    assert "manual axis types do not match" in report["checked_mapping"]
+
+
 @pytest.mark.parametrize("name", program.CASES)
 def test_without_throw_the_host_is_not_called(report, name):
     calls = report["cases"][name]["custom_calls"]

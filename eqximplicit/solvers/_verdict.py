@@ -1,5 +1,6 @@
 """When a fixed-point solve is over, and how: decided at the very point returned."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -54,6 +55,14 @@ def check_budget(name: str, window: int, options: dict[str, Any]) -> None:
             f"`{name}(window={window})` is larger than `max_steps={max_steps}`: the "
             "history could never fill. Pass a smaller `window` or more steps."
         )
+
+
+def check_window_fits(solver: Any, max_steps: int | None) -> None:
+    """Refuses a window that somebody chose and that `max_steps` can never fill."""
+    fields = {f.name: f.default for f in dataclasses.fields(solver)}
+    window = getattr(solver, "window", None)
+    if "window" in fields and window != fields["window"]:
+        check_budget(type(solver).__name__, solver.window, {"max_steps": max_steps})
 
 
 class Point(eqx.Module, Generic[Y]):
@@ -156,9 +165,12 @@ def tolerance(
     rtol: float | None, atol: float | None, norm: Callable[[Any], Scalar], y: Any
 ) -> Tolerance:
     """Returns the unit for a state like `y`; `None` is what its leaves can reach."""
-    default = max(1e-8, 84 * vs.resolution(y))
-    rtol = default if rtol is None else rtol
-    return Tolerance(rtol, default if atol is None else atol, norm)
+    return Tolerance(or_default(rtol, y), or_default(atol, y), norm)
+
+
+def or_default(tol: float | None, y: Any) -> float:
+    """Returns a tolerance; `None` is 1e-8 in float64 and 1e-5 in float32."""
+    return max(1e-8, 84 * vs.resolution(y)) if tol is None else tol
 
 
 def in_roundings(residual: Any, y: Any) -> Float[Array, ""]:

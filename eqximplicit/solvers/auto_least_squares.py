@@ -10,16 +10,17 @@ from jaxtyping import Array, Bool, Scalar
 
 from .._solution import Aux, Y
 from . import _vector_space as vs
+from ._verdict import check_tolerances, or_default
 from ._verified import Problem, VerifiedDescent, VerifiedState
-from .auto_minimiser import check_tolerances, refuse_complex
+from .auto_minimiser import refuse_complex
 
 
 class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedState]):
     r"""Levenberg-Marquardt, whose success means a local minimum of the squares.
 
-    optimistix's `LevenbergMarquardt` runs first (with a QR decomposition up to
-    `dense_size` unknowns, else matrix-free by conjugate gradients on the normal
-    equations). Where it stops, trust-region Newton-CG on
+    optimistix's `LevenbergMarquardt` runs first, on a state of the default dtype (with
+    a QR decomposition up to `dense_size` unknowns, else matrix-free by conjugate
+    gradients on the normal equations). Where it stops, trust-region Newton-CG on
     $\tfrac12 \sum_i r_i(y)^2$ brings its gradient $J^\top r$ below `atol` at the very
     point returned, and the curvature is checked once; see
     [`eqximplicit.AutoMinimiser`][], whose limits on derivatives hold here as well.
@@ -27,7 +28,8 @@ class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedStat
     **Arguments:**
 
     - `rtol`: relative change of `y` that is insignificant. Dimensionless.
-    - `atol`: the norm of the gradient `J^T r` that is asked for. Dimensionless.
+    - `atol`: the norm of the gradient `J^T r` that is asked for. Dimensionless. For
+        both, `None` stands for 1e-8 in float64 and for 1e-5 in float32.
     - `norm`: the norm of the gradient; the default is the largest absolute entry.
     - `dense_size`: up to this many unknowns the Jacobian is formed.
     - `search_steps`: the largest number of Levenberg-Marquardt steps.
@@ -48,8 +50,8 @@ class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedStat
         Lecture Notes in Mathematics 630 (1978), 105-116.
     """
 
-    rtol: float = 1e-8
-    atol: float = 1e-8
+    rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[Any], Scalar] = optx.max_norm
     dense_size: int = 300
     search_steps: int = 150
@@ -58,20 +60,21 @@ class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedStat
         check_tolerances("AutoLeastSquares", self.rtol, self.atol)
 
     def _driver(self, y: Y) -> VerifiedDescent:
+        rtol, atol = or_default(self.rtol, y), or_default(self.atol, y)
         search = None
-        if vs.one_dtype(y):
+        # optimistix's damping is of the default dtype: a float32 state beside float64
+        # numbers is left to Newton-CG.
+        if vs.one_dtype(y) and vs.real_dtype(y) == jnp.result_type(float):
             small = vs.size(y) <= self.dense_size
             cg = lx.Normal(lx.CG(rtol=1e-6, atol=1e-6))
             linear_solver = lx.QR() if small else cg
-            search = optx.LevenbergMarquardt(
-                self.rtol, self.atol, linear_solver=linear_solver
-            )
+            search = optx.LevenbergMarquardt(rtol, atol, linear_solver=linear_solver)
         return VerifiedDescent(
             search=search,
             objective=half_sum_of_squares,
             search_steps=self.search_steps,
-            rtol=self.rtol,
-            atol=self.atol,
+            rtol=rtol,
+            atol=atol,
             norm=self.norm,
         )
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Scalar
 
 from .._solution import Aux, Y
 from . import _vector_space as vs
+from ._verdict import check_tolerances, or_default
 from ._verified import Problem, VerifiedDescent, VerifiedState
 
 SEARCH_TOL = 1e-4  # the search only has to come close: Newton steps do the rest
@@ -37,7 +38,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     **Arguments:**
 
     - `rtol`: relative change of `y` that is insignificant. Dimensionless.
-    - `atol`: the norm of the gradient that is asked for. Dimensionless.
+    - `atol`: the norm of the gradient that is asked for. Dimensionless. For both,
+        `None` stands for 1e-8 in float64 and for 1e-5 in float32.
     - `norm`: the norm of the gradient; the default is the largest absolute entry.
     - `dense_size`: up to this many unknowns an n x n inverse Hessian is kept.
     - `search_steps`: the largest number of quasi-Newton steps before Newton-CG.
@@ -62,8 +64,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
         6 (BFGS), algorithm 7.2 (Newton-CG in a trust region).
     """
 
-    rtol: float = 1e-8
-    atol: float = 1e-8
+    rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[Any], Scalar] = optx.max_norm
     dense_size: int = 300
     search_steps: int = 100
@@ -72,13 +74,13 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
         check_tolerances("AutoMinimiser", self.rtol, self.atol)
 
     def _driver(self, y: Y) -> VerifiedDescent:
-        tol = max(self.rtol, SEARCH_TOL)
+        rtol = or_default(self.rtol, y)
         return VerifiedDescent(
-            search=_by_size(y, self.dense_size, tol),
+            search=_by_size(y, self.dense_size, max(rtol, SEARCH_TOL)),
             objective=lambda value: value,
             search_steps=self.search_steps,
-            rtol=self.rtol,
-            atol=self.atol,
+            rtol=rtol,
+            atol=or_default(self.atol, y),
             norm=self.norm,
         )
 
@@ -149,13 +151,6 @@ def _by_size(
     if vs.real_dtype(y) == jnp.result_type(float):
         return optx.LBFGS(rtol=tol, atol=tol)
     return optx.NonlinearCG(rtol=tol, atol=tol)  # LBFGS keeps its history in `float`
-
-
-def check_tolerances(name: str, rtol: float, atol: float) -> None:
-    """Refuses a negative or NaN tolerance, by the name of the solver."""
-    for key, value in (("rtol", rtol), ("atol", atol)):
-        if not value >= 0:
-            raise ValueError(f"`{name}({key}=...)` must be at least 0; got {value}.")
 
 
 def refuse_complex(name: str, y: Any) -> None:

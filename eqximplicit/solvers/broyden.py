@@ -16,8 +16,9 @@ from . import _history as hist, _vector_space as vs, _verdict as verdict
 
 DECREASE = 1e-4  # of the residual, per step length, that the line search asks for
 MAX_SHORTER = 8  # rejected trial points before the memory is given up
-MAX_BARREN = 3  # new memories in a row without an accepted step
+MAX_BARREN = 3  # new memories in a row without a better point
 STALE = 20  # steps without a better point before rounding is suspected
+LOST = 40  # the same before the search goes back to the best point
 
 
 class Kind(enum.IntEnum):
@@ -83,8 +84,9 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
 
     The line search accepts $\|f(y + t s)\| \le (1 + \eta_k - 10^{-4} t) \|f(y)\|$ with
     a summable $\eta_k$ (Li and Fukushima 2000), else it takes $t$ from a parabola.
-    A full memory, and a line search without success, begin anew. A trial point that is
-    not finite is rejected.
+    A full memory, a line search without success, and many steps without a better point
+    begin anew, the last two from the best point. A trial point that is not finite is
+    rejected.
 
     The point of the smallest residual is returned. It is a success if `norm(f) < atol`
     there and the full quasi-Newton step from it is within `atol + rtol |y|`.
@@ -232,7 +234,8 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         new = residual.judge(point, aux, jnp.asarray(jnp.inf, anchor.merit.dtype))
         improved = accepted & (point.merit < best.point.merit)
         shorter = jnp.where(rejected, state.num_shorter + 1, 0)
-        give_up = shorter > MAX_SHORTER
+        # The search may go uphill; where that leads nowhere, the best point is better.
+        give_up = (shorter > MAX_SHORTER) | ((state.num_stale >= LOST) & ~improved)
         size = jnp.where(rejected, _shorter(state, point, finite), 1)
         kind = jnp.where(start | give_up, int(Kind.PROBE), int(Kind.SEARCH))
         barren = jnp.where(give_up, state.num_barren + 1, state.num_barren)
@@ -247,7 +250,7 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
             num_accepted=state.num_accepted + accepted.astype(jnp.int32),
             num_shorter=jnp.where(give_up, 0, shorter),
             num_barren=jnp.where(improved, 0, barren),
-            num_stale=jnp.where(improved, 0, state.num_stale + 1),
+            num_stale=jnp.where(improved | give_up, 0, state.num_stale + 1),
             done=start & ~finite,
             result=RESULTS.where(
                 start & ~finite, RESULTS.nonfinite_start, state.result

@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import as_results, Aux, RESULTS, Y
-from . import _vector_space as vs
+from . import _vector_space as vs, _verdict as verdict
 
 
 def _translate(y: Any, step: Any) -> Any:
@@ -69,6 +69,8 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
 
     - `ValueError`: a constant is outside of its range.
 
+    A positive `atol` below the resolution of the dtype is met by a `UserWarning`.
+
     !!! example
 
         ```python
@@ -114,6 +116,9 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
                 raise ValueError(
                     f"`FIRE({name}=...)` must be {range_}; got {getattr(self, name)}."
                 )
+        if self.atol > 0:  # zero is a way to ask for every step
+            eps = float(jnp.finfo(jnp.result_type(float)).eps)
+            verdict.warn_if_unreachable("FIRE", 0.0, self.atol, eps)
 
     def init(
         self,

@@ -37,7 +37,7 @@ _CODES: tuple[RESULTS, ...] = (
     as_results(RESULTS.nonfinite),
 )
 _OK, _FAILED, _MAX_STEPS, _TOO_LARGE, _LOCAL_MINIMUM, _NONFINITE = range(len(_CODES))
-_BUDGET = re.compile(r"max|limit|too many|has reached|iterations", re.IGNORECASE)
+_BUDGET = re.compile(r"max|limit|too many|has reached", re.IGNORECASE)
 
 _GRADIENT_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 _HESSIAN_PRODUCT = ("newton-cg", "trust-ncg", "trust-krylov")
@@ -267,6 +267,12 @@ def _require_scipy(name: str) -> None:
         ) from error
 
 
+def _check_tolerances(name: str, **tolerances: float | None) -> None:
+    for field, value in tolerances.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"`{name}({field}=...)` must be at least 0; got {value}.")
+
+
 def _optimize() -> Any:
     return importlib.import_module("scipy.optimize")
 
@@ -308,6 +314,7 @@ class ScipyRoot(AbstractHostSolver):
     **Raises:**
 
     - `ImportError`: SciPy is not installed.
+    - `ValueError`: a negative tolerance.
 
     !!! example
 
@@ -324,6 +331,7 @@ class ScipyRoot(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyRoot")
+        _check_tolerances("ScipyRoot", tol=self.tol, residual_tol=self.residual_tol)
 
     def solve(
         self, fn: Callable[[Any, Any], Any], y0: Any, args: Any
@@ -362,6 +370,7 @@ class ScipyFixedPoint(AbstractHostSolver):
     **Raises:**
 
     - `ImportError`: SciPy is not installed.
+    - `ValueError`: a negative tolerance.
     """
 
     method: str = eqx.field(default="del2", static=True)
@@ -372,6 +381,8 @@ class ScipyFixedPoint(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyFixedPoint")
+        tolerances = {"tol": self.tol, "residual_tol": self.residual_tol}
+        _check_tolerances("ScipyFixedPoint", **tolerances)
 
     def solve(
         self, fn: Callable[[Any, Any], Any], y0: Any, args: Any
@@ -417,6 +428,7 @@ class ScipyMinimize(AbstractHostSolver):
     **Raises:**
 
     - `ImportError`: SciPy is not installed.
+    - `ValueError`: a negative tolerance.
     """
 
     method: str = eqx.field(default="BFGS", static=True)
@@ -426,6 +438,7 @@ class ScipyMinimize(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyMinimize")
+        _check_tolerances("ScipyMinimize", tol=self.tol)
 
     def solve(
         self, fn: Callable[[Any, Any], Any], y0: Any, args: Any
