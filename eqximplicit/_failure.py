@@ -81,7 +81,7 @@ def _worst_lane(code: Int[Array, ""]) -> Int[Array, ""]:
 
 @_worst_lane.def_vmap
 def _worst_lane_vmap(
-    axis_size: int, in_batched: list[bool], code: Int[Array, " lanes"]
+    axis_size: Any, in_batched: list[bool], code: Int[Array, " lanes"]
 ) -> tuple[Int[Array, ""], bool]:
     del axis_size, in_batched
     return _worst_lane(jnp.max(code, axis=0, initial=0)), False

@@ -4,7 +4,6 @@ Nothing here ravels: a dot product contracts each leaf over all its axes, so tha
 and shardings of a state survive. All leaves have one real dtype.
 """
 
-import math
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +14,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._state import num_entries
 
 T = TypeVar("T")
 Stats = dict[str, Any]
@@ -72,7 +72,7 @@ def any_lane(pred: Bool[Array, ""]) -> Bool[Array, ""]:
 
 @any_lane.def_vmap
 def _any_lane_vmap(
-    axis_size: int, in_batched: list[bool], pred: Bool[Array, " lanes"]
+    axis_size: Any, in_batched: list[bool], pred: Bool[Array, " lanes"]
 ) -> tuple[Bool[Array, ""], bool]:
     del axis_size, in_batched
     return any_lane(jnp.any(pred, axis=0)), False
@@ -85,7 +85,7 @@ def epsilon(x: PyTree[Any]) -> float:
 
 def size(x: PyTree[Any]) -> int:
     """The number of entries of all leaves (arrays or structs)."""
-    return sum(math.prod(leaf.shape) for leaf in jtu.tree_leaves(x))
+    return sum(num_entries(leaf) for leaf in jtu.tree_leaves(x))
 
 
 def structure(operator: lx.AbstractLinearOperator) -> PyTree[ShapeDtypeStruct]:
