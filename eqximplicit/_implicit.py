@@ -12,6 +12,7 @@ The reverse rule is the transpose of the forward one, and JAX derives it. Nothin
 knows how `y*` was found: the value comes in finished and goes out bit for bit.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast, TypeVar
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool
 
+from ._claim import Claim
 from ._condition import AbstractCondition, hoist, Root
 from ._custom_types import LinearSolver, PyTree
 from ._linear import differentiable_linear_solve, LinearRule
@@ -62,6 +64,7 @@ def _state_tangent(
     y: PyTree[Array],
     t_residual: PyTree[Array],
     rule: LinearRule,
+    claim: Claim | None,
 ) -> PyTree[Array]:
     """The solution `ẏ` of `∂F/∂y · ẏ = -Ḟ`, found in the real form of the state."""
     dtype = real_dtype(y)
@@ -69,7 +72,11 @@ def _state_tangent(
     def real_residual(real_y: PyTree[Array]) -> PyTree[Array]:
         return to_real(residual(from_real(real_y, y)), dtype)
 
-    _, mv = jax.linearize(real_residual, to_real(y, dtype))  # v ↦ ∂F/∂y · v
+    real_y = to_real(y, dtype)
+    value, mv = jax.linearize(real_residual, real_y)  # v ↦ ∂F/∂y · v
+    if claim is not None:
+        wrong = stop_gradient(claim.contradicted(real_y, value, mv))
+        rule = dataclasses.replace(rule, trusted=rule.trusted & ~wrong)
     vector = jtu.tree_map(jnp.negative, to_real(t_residual, dtype))  # -∂F/∂θ · θ̇
     return from_real(differentiable_linear_solve(mv, vector, rule), y)
 
@@ -81,6 +88,7 @@ class _Attachment(eqx.Module):
     aux: Any
     rule: LinearRule
     elsewhere: Any
+    claim: Claim | None
 
     def base(self, y: Any) -> Any:
         """Where to linearise: at `y`, or elsewhere if `y` is not to be trusted.
@@ -134,7 +142,11 @@ def _attach_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     at = attachment.base(y)
     t_residual = _theta_tangent(lambda th: attachment.residual(at, th), theta, t_theta)
     t_y = _state_tangent(
-        lambda y: attachment.residual(y, theta), at, t_residual, attachment.rule
+        lambda y: attachment.residual(y, theta),
+        at,
+        t_residual,
+        attachment.rule,
+        attachment.claim,
     )
     return y, t_y
 
@@ -165,6 +177,7 @@ def implicit_solution(
     aux: Any = None,
     trusted: Bool[Array, ""] | bool = True,
     elsewhere: Y | None = None,
+    claim: Claim | None = None,
 ) -> Y:
     r"""Returns `y` bit for bit, with the derivative of the solution of `condition`.
 
@@ -190,6 +203,8 @@ def implicit_solution(
     - `elsewhere`: a state like `y` at which the condition is finite, the initial guess
         say. Used instead of a `y` that is not trusted, so that a choice between `y` and
         a default can be differentiated even if `y` is NaN.
+    - `claim`: what a solver claims of `y`; where `y` contradicts it, the derivative is
+        NaN. `None` for nothing.
 
     **Returns:** `y`, with the same structure, shapes and dtypes.
 
@@ -207,7 +222,8 @@ def implicit_solution(
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
     theta = as_arrays((hoisted, args))
-    return _attach(y, _Attachment(theta, aux, rule, stop_gradient(elsewhere)))
+    elsewhere, claim = stop_gradient((elsewhere, claim))
+    return _attach(y, _Attachment(theta, aux, rule, elsewhere, claim))
 
 
 def root_jvp(

@@ -88,6 +88,11 @@ with warnings.catch_warnings():
             "loosen its tolerance, raise its iteration limit, or start from another "
             "`y0`."
         )
+        flat_objective = (
+            "The gradient is within tolerance, but so small a curvature puts the "
+            "minimum far away, if there is one. Check that the objective has a "
+            "minimum, rescale it, or lower `atol`."
+        )
 
 
 def as_results(result: Any) -> RESULTS:
