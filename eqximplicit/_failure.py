@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import equinox as eqx
@@ -44,7 +44,7 @@ def _sentences() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def solve_errors() -> Iterator[None]:
+def solve_errors() -> Generator[None, None, None]:
     """Makes every failed solve inside raise a `SolveError`, however it was compiled.
 
     For programs under `jax.jit`, whose runtime errors are long and end in the sentence

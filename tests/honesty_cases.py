@@ -482,7 +482,7 @@ CASES |= {
         None,
     ),
     "map that broadcasts": Case(
-        fixed_point(lambda y, a: a * jnp.ones((2, 2)) * y, np.ones(2)),
+        fixed_point(lambda y, a: a * jnp.ones((2, 2)) * y[None], np.ones(2)),
         0.5,
         None,
         SHAPES,

@@ -12,7 +12,7 @@ import optimistix as optx
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
-from .._custom_types import LinearSolver, PyTree
+from .._custom_types import PyTree
 from .._solution import Aux, RESULTS, Y
 from ..linear_solvers.krylov import HybridKrylov
 from . import _vector_space as vs
@@ -55,7 +55,7 @@ def _forcing(norm: Float[Array, ""], state: KrylovState[Any, Any]) -> Float[Arra
     return jnp.clip(wanted, _TIGHTEST, _LOOSEST)
 
 
-def _inner(forcing: Float[Array, ""], y: PyTree[Array]) -> LinearSolver:
+def _inner(forcing: Float[Array, ""], y: PyTree[Array]) -> Any:
     if vs.size(y) < sys.maxsize:
         return lx.GMRES(rtol=forcing, atol=0.0, restart=_BASIS, max_steps=10)  # pyright: ignore[reportArgumentType]
     # lineax's compares its basis with the number of unknowns, here a symbol.
