@@ -61,6 +61,13 @@ def tests_slow(session: nox.Session) -> None:
 
 
 @nox.session
+def mutations(session: nox.Session) -> None:
+    """Wrong signs and missing transposes in the rule, each of which a test notices."""
+    session.install("-e", ".[all]", *group("tests"))
+    session.run("python", "tests/mutations.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def tests_lowest(session: nox.Session) -> None:
     """The tests, with the oldest dependencies that `pyproject.toml` allows."""
     lowest = str(Path(session.create_tmp()).resolve() / "lowest.txt")

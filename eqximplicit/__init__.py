@@ -18,6 +18,7 @@ from ._decorators import (
     custom_fixed_point as custom_fixed_point,
     custom_root as custom_root,
 )
+from ._failure import solve_errors as solve_errors, SolveError as SolveError
 from ._find import (
     fixed_point as fixed_point,
     least_squares as least_squares,

@@ -10,6 +10,7 @@ import optimistix as optx
 from jaxtyping import Array
 
 from ._captured import detach
+from ._claim import claim_of
 from ._condition import AbstractCondition, Root
 from ._custom_types import LinearSolver, PyTree
 from ._implicit import implicit_solution
@@ -103,8 +104,8 @@ class ImplicitAdjoint(AbstractAdjoint):
     def differentiable(self, solve: Solve, residual_tol: float | None) -> Outcome:
         """Returns the outcome of the detached solve with the derivative attached.
 
-        A lane whose solver failed, or whose residual exceeds `residual_tol`, has a NaN
-        derivative.
+        A lane whose solver failed, whose residual exceeds `residual_tol`, or whose
+        value contradicts what an optimistix solver claims of it, has a NaN derivative.
         """
         detached = solve.detached()
         outcome = stop_gradient(detached.run(detached, lax_while_loop))
@@ -118,6 +119,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             aux=outcome.aux,
             trusted=outcome.trusted,
             elsewhere=_if_like(detached.y0, outcome.y),
+            claim=claim_of(detached.solver, solve.condition),
         )
         return eqx.tree_at(lambda o: o.y, outcome, y)
 

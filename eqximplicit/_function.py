@@ -6,14 +6,14 @@ from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 import optimistix as optx
 from jax.core import Tracer
 
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
+from ._brief import brief, brief_condition
 from ._call import call_host_solver, call_solver
 from ._condition import AbstractCondition, hoist
+from ._failure import refuse_failure
 from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
 from ._solution import RESULTS, Solution, where_result
@@ -133,6 +133,15 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         refuse_static_arrays(self.condition, "condition")
         refuse_static_arrays(self.solver, "solver")
 
+    def __repr__(self) -> str:
+        """Returns condition, solver and adjoint, and settings that are no defaults.
+
+        `eqx.tree_pformat(layer)` shows everything, the shapes of parameters too.
+        """
+        parts = [brief_condition(self.condition), brief(self.solver)]
+        parts += [brief(self.adjoint), *_settings(self)]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     @property
     def params(self) -> Params:
         """The parameters: the part of the condition's function that `where` selects."""
@@ -167,7 +176,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         **Returns:** a [`eqximplicit.Solution`][], whose `value` is differentiable.
 
         **Raises:** `ValueError` or `TypeError` at trace time for a function, state or
-        solver that do not fit; a runtime error if the solve fails and `throw` is set.
+        solver that do not fit; [`eqximplicit.SolveError`][] if the solve fails and
+            `throw` is set.
         """
         return self._solve(y0, args, diagnose=True)
 
@@ -182,7 +192,15 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
             )
         refuse_static_arrays(args, "args")
         compiled = _is_iterative(self.solver) and not _is_staged()
-        return (_solve_jit if compiled else _solve)(self, guess, args, diagnose)
+        solve = _solve_jit if compiled else _solve
+        solution = solve(self, guess, args, diagnose)
+        return refuse_failure(solution) if self.throw else solution
+
+
+def _settings(layer: ImplicitFunction[Any, Any, Any, Any]) -> list[str]:
+    usual = {"max_steps": 512, "throw": True, "has_aux": False, "residual_tol": None}
+    given = {name: getattr(layer, name) for name in usual}
+    return [f"{name}={value}" for name, value in given.items() if value != usual[name]]
 
 
 def _is_iterative(solver: object) -> bool:
@@ -252,8 +270,7 @@ def _solve(
 
     solve = Solve(condition, solver, y0, args, run)
     outcome = layer.adjoint.differentiable(solve, layer.residual_tol)
-    y = _thrown(outcome) if layer.throw else outcome.y
-    return Solution(y, outcome.result, outcome.aux, outcome.stats)
+    return Solution(outcome.y, outcome.result, outcome.aux, outcome.stats)
 
 
 _solve_jit = eqx.filter_jit(_solve)
@@ -265,10 +282,3 @@ def _with_aux(
     if not has_aux or condition.has_aux:
         return condition
     return dataclasses.replace(condition, has_aux=True)
-
-
-def _thrown(outcome: Outcome) -> Any:
-    # The check is on a scalar: one on the state would gather a sharded state.
-    ok = outcome.result == RESULTS.successful
-    ok = outcome.result.error_if(ok, ~ok)
-    return jtu.tree_map(lambda y: jnp.where(ok, y, jnp.nan), outcome.y)

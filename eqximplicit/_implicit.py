@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool
 
+from ._claim import Claim
 from ._condition import AbstractCondition, hoist, Root
 from ._custom_types import LinearSolver, PyTree
 from ._linear import differentiable_linear_solve, LinearRule
@@ -61,6 +62,7 @@ class _Attachment(eqx.Module):
     aux: Any
     rule: LinearRule
     elsewhere: Any
+    claim: Claim | None
 
     def base(self, y: Any) -> Any:
         """Where to linearise: at `y`, or elsewhere if `y` is not to be trusted.
@@ -95,8 +97,9 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
             t_moving,
         )
         vector = jtu.tree_map(jax.lax.neg, t_residual)  # -∂F/∂θ · θ̇
+        coefficients = list(theta_leaves), aux
         t_y = differentiable_linear_solve(
-            residual, (list(theta_leaves), aux), real_at, vector, attached.rule
+            residual, coefficients, real_at, vector, attached.rule, attached.claim
         )
         return jtu.tree_leaves(from_real(t_y, like))
 
@@ -129,6 +132,7 @@ def implicit_solution(
     aux: Any = None,
     trusted: Bool[Array, ""] | bool = True,
     elsewhere: Y | None = None,
+    claim: Claim | None = None,
 ) -> Y:
     r"""Returns `y` bit for bit, with the derivative of the solution of `condition`.
 
@@ -154,6 +158,8 @@ def implicit_solution(
     - `elsewhere`: a state like `y` at which the condition is finite, the initial guess
         say. Used instead of a `y` that is not trusted, so that a choice between `y` and
         a default can be differentiated even if `y` is NaN.
+    - `claim`: what a solver claims of `y`; where `y` contradicts it, the derivative is
+        NaN. `None` for nothing.
 
     **Returns:** `y`, with the same structure, shapes and dtypes.
 
@@ -171,7 +177,8 @@ def implicit_solution(
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
     theta_leaves, theta = flatten(as_arrays((hoisted, args)))
-    rest, attachment = flatten(_Attachment(aux, rule, stop_gradient(elsewhere)))
+    elsewhere, claim = stop_gradient((elsewhere, claim))
+    rest, attachment = flatten(_Attachment(aux, rule, elsewhere, claim))
     leaves, treedef = jtu.tree_flatten(y)
     tangent = _tangent_of(treedef, theta, attachment)
     attached = attach(leaves, theta_leaves, rest, tangent)

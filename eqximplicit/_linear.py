@@ -5,8 +5,9 @@ or transposed, answers a failure with NaN in its own lane, so a backward pass ne
 throws nor calls the host.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,13 +15,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
+from ._claim import Claim, is_saddle
 from ._custom_types import LinearSolver, PyTree
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import nonzero_and_finite, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
+from .linear_solvers._residual import dot
 
 
 class LinearRule(eqx.Module):
@@ -55,9 +58,45 @@ def _answer(
     return Measured(x, asked, finite & is_successful(result), result, stats)
 
 
-def _solved(rule: LinearRule, found: Measured, nan: Bool[Array, ""]) -> PyTree[Array]:
+class Doubt(eqx.Module):
+    r"""The residual of a value that is claimed to be a solution.
+
+    Newton's step from the value, $A^{-1} F$, is its distance from a solution, and must
+    not exceed the square root of `allowed` in length. A cotangent tells as much of it
+    as the derivative depends on: $\langle \bar y, A^{-1} F\rangle = \langle
+    A^{-T}\bar y, F\rangle$. A tangent tells nothing, and the step is estimated by
+    $\|F\| / \|A v\|$: with entries of $v$ of order one and no pattern, $\|A v\|$ is
+    about the Frobenius norm of $A$. So it is the root mean square of the step if all
+    singular values are alike, and about its length at most whatever they are.
+    """
+
+    residual: PyTree[Array]
+    allowed: Float[Array, ""]
+    change: PyTree[Array]  # A v
+
+    def contradicts_cotangent(
+        self, vector: PyTree[Array], x: PyTree[Array]
+    ) -> Bool[Array, ""]:
+        """Whether the step is too long, along the cotangent `vector`."""
+        moved = dot(x, self.residual)
+        return lax.gt(moved * moved, self.allowed * dot(vector, vector))
+
+    def contradicts(self) -> Bool[Array, ""]:
+        """Whether Newton's step is too long, by estimate."""
+        limit = self.allowed * dot(self.change, self.change)
+        return lax.gt(dot(self.residual, self.residual), limit)
+
+
+def _solved(
+    rule: LinearRule,
+    found: Measured,
+    nan: Bool[Array, ""],
+    wrong: Bool[Array, ""] | None,
+) -> PyTree[Array]:
     """The solution where it is one, else NaN or zero: one choice for each entry."""
     keep = lax.bitwise_and(lax.bitwise_and(found.good, found.asked), rule.trusted)
+    if wrong is not None:
+        keep = lax.bitwise_and(keep, lax.bitwise_not(wrong))
 
     def leaf(x: Array) -> Array:
         missing, zero = (lax.full_like(x, value, shape=()) for value in (jnp.nan, 0))
@@ -67,21 +106,58 @@ def _solved(rule: LinearRule, found: Measured, nan: Bool[Array, ""]) -> PyTree[A
     return jtu.tree_map(leaf, found.x)
 
 
-def _tangent(
-    rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
-) -> PyTree[Array]:
+class _System(NamedTuple):
+    """What the solver has computed from an operator, and how to use it."""
+
+    rule: LinearRule
+    state: Any
+    doubt: Doubt | None
+
+
+def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # At a double root ∂F/∂θ is zero together with ∂F/∂y: that zero says nothing.
-    found = _answer(rule, state, options, vector)
+    rule, state, doubt = system
+    found = _answer(rule, state, rule.options, vector)
     singular = jnp.asarray(found.result == lx.RESULTS.singular) | ~rule.trusted
-    return _solved(rule, found, found.asked | singular)
+    wrong = None if doubt is None else doubt.contradicts()
+    return _solved(rule, found, found.asked | singular, wrong)
 
 
-def _cotangent(
-    rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
-) -> PyTree[Array]:
+def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # A zero cotangent is a lane that nobody asks about, and it must stay zero.
+    rule, state, doubt = system
+    state, options = rule.solver.transpose(state, rule.options)
     found = _answer(rule, state, options, vector)
-    return _solved(rule, found, found.asked)
+    wrong = None if doubt is None else doubt.contradicts_cotangent(vector, found.x)
+    return _solved(rule, found, found.asked, wrong)
+
+
+def _examined(
+    rule: LinearRule,
+    claim: Claim | None,
+    y: PyTree[Array],
+    value: PyTree[Array],
+    mv: Callable[[Any], PyTree[Array]],
+) -> tuple[LinearRule, Doubt | None]:
+    """The rule, trusted no further than the curvature allows, and what is in doubt."""
+    if claim is None:
+        return rule, None
+    if claim.minimum:
+        trusted = rule.trusted & ~is_saddle(y, mv)
+        rule = dataclasses.replace(rule, trusted=trusted)
+    allowed = claim.allowed(y)
+    if allowed is None:
+        return rule, None
+    return rule, Doubt(value, allowed, mv(jtu.tree_map(_even, y)))
+
+
+def _even(x: Array) -> Array:
+    """Numbers between -1 and 1 without a pattern, in the shape of `x`."""
+    phase = jnp.ones(x.shape, jnp.float32)
+    for k in range(x.ndim):
+        index = jax.lax.broadcasted_iota(jnp.float32, x.shape, k)
+        phase = phase + 2 ** (0.5 / (k + 1)) * index
+    return jnp.cos(phase).astype(x.dtype)
 
 
 def differentiable_linear_solve(
@@ -90,6 +166,7 @@ def differentiable_linear_solve(
     at: PyTree[Array],
     vector: PyTree[Array],
     rule: LinearRule,
+    claim: Claim | None = None,
 ) -> PyTree[Array]:
     r"""The solution `x` of `A x = b` for `A = ∂residual/∂y`, in any AD mode.
 
@@ -106,22 +183,25 @@ def differentiable_linear_solve(
     - `coefficients`, `at`: where the residual is linearised; `A` depends on both.
     - `vector`: the right-hand side `b`.
     - `rule`: the linear solver, its options, the tags of `A`, and whether to trust it.
+    - `claim`: what was claimed of `at`.
 
     **Returns:** `x`, structured as `vector`. All NaN where the solver failed, the
-    solution is not finite, or `rule.trusted` is false. A zero `b` is answered by zero:
-    always in the transposed solve, in the forward one unless the operator is singular.
+    solution is not finite, `rule.trusted` is false or `claim` is contradicted. A zero
+    `b` is answered by zero: always in the transposed solve, in the forward one unless
+    the operator is singular.
     """
     c_leaves, linearised_at = flatten((coefficients, at))
     b_leaves, b_tree = jtu.tree_flatten(vector)
 
     # The factorisation carries no derivative: that of A enters through `apply`.
     frozen, y = stop_gradient((coefficients, at))
-    _, mv = jax.linearize(lambda y: residual(frozen, y), y)
+    value, mv = jax.linearize(lambda y: residual(frozen, y), y)
+    rule, doubt = _examined(rule, claim, y, value, mv)
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
     operator = lx.FunctionLinearOperator(mv, structure, rule.tags)
     state = rule.solver.init(operator, rule.options)
-    f_leaves, factors = flatten((rule, state))
+    f_leaves, factors = flatten((rule, state, doubt))
 
     def apply(leaves: Leaves, v: Leaves) -> Leaves:
         coefficients, y = linearised_at.restored(leaves)
@@ -129,17 +209,13 @@ def differentiable_linear_solve(
         image = jax.jvp(lambda y: residual(coefficients, y), (y,), (tangent,))[1]
         return jtu.tree_leaves(image)
 
-    def solve(leaves: Leaves, b: Leaves) -> Leaves:
-        rule, state = factors.restored(leaves)
-        right = jtu.tree_unflatten(b_tree, b)
-        return jtu.tree_leaves(_tangent(rule, state, rule.options, right))
+    def solved_by(how: Callable[..., PyTree[Array]]) -> Callable[..., Leaves]:
+        def solve(leaves: Leaves, b: Leaves) -> Leaves:
+            system = _System(*factors.restored(leaves))
+            return jtu.tree_leaves(how(system, jtu.tree_unflatten(b_tree, b)))
 
-    def solve_transposed(leaves: Leaves, b: Leaves) -> Leaves:
-        rule, state = factors.restored(leaves)
-        transposed, options = rule.solver.transpose(state, rule.options)
-        right = jtu.tree_unflatten(b_tree, b)
-        return jtu.tree_leaves(_cotangent(rule, transposed, options, right))
+        return solve
 
-    system = LinearSystem(apply, solve, solve_transposed)
+    system = LinearSystem(apply, solved_by(_tangent), solved_by(_cotangent))
     x = linear_solve(f_leaves, c_leaves, b_leaves, system)
     return jtu.tree_unflatten(b_tree, x)

@@ -110,7 +110,7 @@ def _one_of_a_batch(call: Callable[..., None]) -> Callable[..., tuple[()]]:
         return ()
 
     @once.def_vmap
-    def _(axis_size: int, in_batched: list[bool], *values: Array) -> Any:
+    def _(axis_size: Any, in_batched: list[bool], *values: Array) -> Any:
         del axis_size
         largest = [
             jnp.max(value, axis=0) if batched else value

@@ -1,5 +1,6 @@
 """What a solve returns: the value, whether it may be trusted, and why not."""
 
+import warnings
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
@@ -19,50 +20,79 @@ else:
     _BaseResults = optx.RESULTS
 
 
-class RESULTS(_BaseResults):
-    """How a solve ended: optimistix's codes, and finer reasons for a failure.
+with warnings.catch_warnings():
+    # Some messages of lineax and optimistix have no remedy; ours take their place.
+    warnings.simplefilter("ignore")
 
-    Every message is one cause, then one remedy. `RESULTS[result]` is the message.
-    """
+    class RESULTS(_BaseResults):
+        """How a solve ended: optimistix's codes, and finer reasons for a failure.
 
-    successful = ""
-    if TYPE_CHECKING:
-        max_steps_reached = singular = breakdown = stagnation = conlim = ""
-        nonfinite_input = nonlinear_max_steps_reached = nonlinear_divergence = ""
-        nonfinite = ""
-    local_minimum = (
-        "The solver stopped at a local minimum of the residual norm that is not a "
-        "root: no small step reduces the residual. Start from another `y0`, or check "
-        "that a root exists for these parameters."
-    )
-    singular_jacobian = (
-        "The Jacobian is singular at the best point found, so no Newton step exists. "
-        "Start from another `y0`, remove redundant equations, or state the problem as "
-        "least squares."
-    )
-    unattainable_tolerance = (
-        "The requested tolerance is below what this floating-point precision can "
-        "resolve for this function. Loosen `rtol`/`atol`, rescale the equations, or "
-        "use float64."
-    )
-    nonfinite_start = (
-        "The function is not finite (inf or NaN) at the initial guess. Pass a `y0` "
-        "inside the function's domain."
-    )
-    saddle_point = (
-        "The solver stopped at a stationary point that is not a minimum: the Hessian "
-        "has a direction of negative curvature. Perturb `y0` away from the symmetry "
-        "or saddle."
-    )
-    residual_too_large = (
-        "The residual at the solution exceeds `residual_tol`, so its implicit "
-        "derivative would belong to another problem. Tighten the solver's tolerance, "
-        "raise `max_steps`, or loosen `residual_tol`."
-    )
-    host_failure = (
-        "The solver on the host reported failure. Its own message is in its log; "
-        "loosen its tolerance, raise its iteration limit, or start from another `y0`."
-    )
+        Every message is one cause, then one remedy. `RESULTS[result]` is the message.
+        """
+
+        successful = ""
+        if TYPE_CHECKING:
+            max_steps_reached = breakdown = stagnation = conlim = ""
+            nonlinear_max_steps_reached = ""
+        singular = (
+            "A linear system of the solve is singular, or nearly so. Start from "
+            "another `y0`, remove redundant equations, or use a regularised solver "
+            "such as `optx.LevenbergMarquardt` or the default one."
+        )
+        nonfinite_input = (
+            "A linear system of the solve has entries that are not finite (inf or "
+            "NaN). Start from another `y0`, or keep the function finite where the "
+            "solver may look (`jax.debug_nans` finds the operation)."
+        )
+        nonlinear_divergence = (
+            "The solve diverged: no step from the best point found leads closer to a "
+            "solution. Start from another `y0`, rescale the equations, or use a "
+            "safeguarded solver such as the default one."
+        )
+        nonfinite = (
+            "The solve met values that are not finite (inf or NaN). Start from another "
+            "`y0`, or keep the function finite where the solver may look "
+            "(`jax.debug_nans` finds the operation)."
+        )
+        local_minimum = (
+            "The solver stopped at a local minimum of the residual norm that is not a "
+            "root: no small step reduces the residual. Start from another `y0`, or "
+            "check that a root exists for these parameters."
+        )
+        singular_jacobian = (
+            "The Jacobian is singular at the best point found, so no Newton step "
+            "exists. Start from another `y0`, remove redundant equations, or state the "
+            "problem as least squares."
+        )
+        unattainable_tolerance = (
+            "The requested tolerance is below what this floating-point precision can "
+            "resolve for this function. Loosen `rtol`/`atol`, rescale the equations, "
+            "or use float64."
+        )
+        nonfinite_start = (
+            "The function is not finite (inf or NaN) at the initial guess. Pass a `y0` "
+            "inside the function's domain."
+        )
+        saddle_point = (
+            "The solver stopped at a stationary point that is not a minimum: the "
+            "Hessian has a direction of negative curvature. Perturb `y0` away from the "
+            "symmetry or saddle."
+        )
+        residual_too_large = (
+            "The residual at the solution exceeds `residual_tol`, so its implicit "
+            "derivative would belong to another problem. Tighten the solver's "
+            "tolerance, raise `max_steps`, or loosen `residual_tol`."
+        )
+        host_failure = (
+            "The solver on the host reported failure. Its own message is in its log; "
+            "loosen its tolerance, raise its iteration limit, or start from another "
+            "`y0`."
+        )
+        flat_objective = (
+            "The gradient is within tolerance, but so small a curvature puts the "
+            "minimum far away, if there is one. Check that the objective has a "
+            "minimum, rescale it, or lower `atol`."
+        )
 
 
 def as_results(result: Any) -> RESULTS:

@@ -8,6 +8,8 @@ one real dtype the real form is the state itself.
 """
 
 import functools
+import math
+import sys
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -78,6 +80,20 @@ def as_state(y0: PyTree[Any]) -> PyTree[Array]:
             "batch, `jax.vmap` the layer."
         )
     return state
+
+
+def known(size: Any) -> int:
+    """A size; one that is symbolic counts as larger than any limit.
+
+    A program is exported once for all sizes of a symbolic dimension (`jax.export`), so
+    whatever depends on the size chooses what works for a large one.
+    """
+    return size if isinstance(size, int) else sys.maxsize
+
+
+def num_entries(x: _Struct) -> int:
+    """The number of entries of an array; see `known` for symbolic ones."""
+    return known(math.prod(x.shape))
 
 
 def struct_of(tree: PyTree[_Struct]) -> PyTree[ShapeDtypeStruct]:

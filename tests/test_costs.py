@@ -23,9 +23,10 @@ DRAW = np.random.default_rng(0)
 W = DRAW.normal(size=(N, N)) / (2 * np.sqrt(N))
 X = DRAW.normal(size=N)
 TOL = 1e-8
-# 2.3 times the lines by hand: the rule adds what turns a failed solve into NaN, and the
-# function is linearised once for the solve and once for the parameters.
-LINES = 2.5
+# 2.6 times the lines by hand: the rule adds what turns a failed solve into NaN, the
+# function is linearised once for the solve and once for the parameters, and what an
+# optimistix solver claims is held against the residual.
+LINES = 2.7
 
 
 def cell(z, theta):
@@ -47,30 +48,18 @@ def text(fn, *args):
     return jax.jit(fn).lower(*args).as_text()
 
 
+# LAPACK's names of LU, Cholesky, QR, and of eigen- and singular values.
+NAMES = "getrf|potrf|geqrf|syevd|gesdd"
+FACTORISATION = re.compile(
+    rf'= \(?f64\[([\d,]+)\][^\n]*custom_call_target="lapack_d(?:{NAMES})_'
+)
+
+
 def factorisations(fn, *args):
     """Matrices that are factorised: each lane of a batch counts, and each branch."""
-    return _count_factorisations(jax.make_jaxpr(fn)(*args).jaxpr)
-
-
-def _count_factorisations(jaxpr):
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("lu", "cholesky", "geqrf", "eigh", "svd"):
-            total += math.prod(eqn.invars[0].aval.shape[:-2])
-        for inner in jax.tree.leaves(_executed(eqn), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                total += _count_factorisations(getattr(inner, "jaxpr", inner))
-    return total
-
-
-def _executed(eqn):
-    if eqn.primitive.name == "custom_linear_solve":
-        return eqn.params["jaxprs"].solve  # the others wait for a transposition
-    return list(eqn.params.values())
-
-
-def _is_jaxpr(x):
-    return hasattr(x, "eqns")
+    program = jax.jit(fn).lower(*args).compile().as_text()
+    shapes = [shape.split(",") for shape in FACTORISATION.findall(program)]
+    return sum(math.prod(map(int, shape[:-2])) for shape in shapes)
 
 
 def temp_bytes(fn, *args):

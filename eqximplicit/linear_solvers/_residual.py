@@ -6,7 +6,6 @@ will do: each operator of `jnp` is a `jit`, and is traced as one.
 """
 
 import functools
-import math
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._state import num_entries
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def any_lane(pred: Bool[Array, ""]) -> Bool[Array, ""]:
 
 @any_lane.def_vmap
 def _any_lane_vmap(
-    axis_size: int, in_batched: list[bool], pred: Bool[Array, " lanes"]
+    axis_size: Any, in_batched: list[bool], pred: Bool[Array, " lanes"]
 ) -> tuple[Bool[Array, ""], bool]:
     del axis_size, in_batched
     return any_lane(jnp.any(pred, axis=0)), False
@@ -89,7 +89,7 @@ def max_lane(value: Float[Array, ""]) -> Float[Array, ""]:
 
 @max_lane.def_vmap
 def _max_lane_vmap(
-    axis_size: int, in_batched: list[bool], value: Float[Array, " lanes"]
+    axis_size: Any, in_batched: list[bool], value: Float[Array, " lanes"]
 ) -> tuple[Float[Array, ""], bool]:
     del axis_size, in_batched
     return max_lane(jnp.max(value, axis=0, initial=-jnp.inf)), False
@@ -102,7 +102,7 @@ def epsilon(x: PyTree[Any]) -> float:
 
 def size(x: PyTree[Any]) -> int:
     """The number of entries of all leaves (arrays or structs)."""
-    return sum(math.prod(leaf.shape) for leaf in jtu.tree_leaves(x))
+    return sum(num_entries(leaf) for leaf in jtu.tree_leaves(x))
 
 
 def structure(operator: lx.AbstractLinearOperator) -> PyTree[ShapeDtypeStruct]:

@@ -12,6 +12,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import LinearSolver, PyTree
+from .._state import known
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
@@ -227,8 +228,9 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
 
         @solve.def_vmap
         def _(
-            lanes: int, batched: list[Any], arrays: Any, vector: Any
+            axis_size: Any, batched: list[Any], arrays: Any, vector: Any
         ) -> tuple[_Outcome, Any]:
+            lanes = known(axis_size)
             axes = jtu.tree_map(lambda b: 0 if b else None, batched)
             shared = not any(jtu.tree_leaves(batched[0]))
             if shared and lanes >= many:

@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._state import num_entries
 from . import _vector_space as vs
 
 Y = TypeVar("Y")
@@ -46,7 +47,7 @@ def dots(stack: Y, y: Y, dtype: jnp.dtype) -> Float[Array, " slots"]:
     """Returns the real inner products of all entries of the stack with `y`."""
 
     def leaf(s: Array, yi: Array) -> Array:
-        if s.size <= _SMALL:
+        if num_entries(s) <= _SMALL:
             product = jnp.real(jnp.conj(s) * yi[None])
             return jnp.sum(product, axis=tuple(range(1, s.ndim))).astype(dtype)
         axes = (list(range(1, s.ndim)), list(range(yi.ndim)))
@@ -60,7 +61,7 @@ def combine(coefficients: Float[Array, " slots"], stack: Y) -> Y:
     """Returns the sum of the stack's entries, weighted by the coefficients."""
 
     def leaf(s: Array) -> Array:
-        if s.size <= _SMALL:
+        if num_entries(s) <= _SMALL:
             weights = coefficients.astype(s.dtype)
             return jnp.sum(weights.reshape(-1, *[1] * (s.ndim - 1)) * s, axis=0)
         return jnp.tensordot(coefficients.astype(s.dtype), s, 1, precision=_EXACT)

@@ -1,5 +1,6 @@
 """The default root finder where no Jacobian fits: inexact Newton-Krylov steps."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
 from .._solution import Aux, RESULTS, Y
+from ..linear_solvers.krylov import HybridKrylov
 from . import _vector_space as vs
 
 # Eisenstat and Walker (1996), choice 2: the forcing term and its safeguard.
@@ -53,6 +55,13 @@ def _forcing(norm: Float[Array, ""], state: KrylovState[Any, Any]) -> Float[Arra
     return jnp.clip(wanted, _TIGHTEST, _LOOSEST)
 
 
+def _inner(forcing: Float[Array, ""], y: PyTree[Array]) -> Any:
+    if vs.size(y) < sys.maxsize:
+        return lx.GMRES(rtol=forcing, atol=0.0, restart=_BASIS, max_steps=10)  # pyright: ignore[reportArgumentType]
+    # lineax's compares its basis with the number of unknowns, here a symbol.
+    return HybridKrylov(rtol=_TIGHTEST, max_steps=10 * _BASIS, restart=_BASIS)
+
+
 def step_krylov(
     fn: Callable[[Y, Any], tuple[PyTree[Array], Aux]],
     args: Any,
@@ -78,8 +87,7 @@ def step_krylov(
         operator = lx.FunctionLinearOperator(
             linear, jax.eval_shape(lambda: trial), tags=tags
         )
-        solver = lx.GMRES(rtol=forcing, atol=0.0, restart=_BASIS, max_steps=10)  # pyright: ignore[reportArgumentType]
-        sol = lx.linear_solve(operator, out, solver, throw=False)
+        sol = lx.linear_solve(operator, out, _inner(forcing, y), throw=False)
         products = sol.stats["num_steps"] * (min(_BASIS, vs.size(y)) + 1)
         return vs.scaled(-jnp.ones((), dtype), sol.value), jnp.asarray(products)
 

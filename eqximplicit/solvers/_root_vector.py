@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._state import num_entries
 from ._vector_space import real_dtype
 
 
@@ -20,7 +21,7 @@ def _is_complex(leaf: Any) -> bool:
 def real_size(tree: PyTree[Any]) -> int:
     """The number of real unknowns in a pytree; a complex entry is two of them."""
     leaves: list[Any] = jtu.tree_leaves(tree)
-    return sum(math.prod(x.shape) * (2 if _is_complex(x) else 1) for x in leaves)
+    return sum(num_entries(x) * (2 if _is_complex(x) else 1) for x in leaves)
 
 
 class RealVector(eqx.Module):

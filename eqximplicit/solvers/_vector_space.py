@@ -16,6 +16,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._state import num_entries
+
 T = TypeVar("T")
 
 
@@ -36,7 +38,7 @@ def resolution(tree: Any) -> float:
 def size(tree: Any) -> int:
     """Returns the number of scalar entries of all leaves."""
     leaves: list[Any] = jtu.tree_leaves(tree)
-    return sum(leaf.size for leaf in leaves)
+    return sum(num_entries(leaf) for leaf in leaves)
 
 
 def has_complex(tree: Any) -> bool:

@@ -31,6 +31,7 @@ from ._newton_polish import hessian_product, polish, PolishState, start
 _DIVERGED = as_results(RESULTS.nonlinear_divergence)
 
 MAX_STALLED = 20  # steps of SEARCH in a row that leave `y` where it is
+FAR = 1e-2  # a distance from the minimum, relative, at which it is none
 
 
 class Phase(enum.IntEnum):
@@ -228,7 +229,11 @@ class VerifiedDescent(eqx.Module):
         slack = self.rtol * vs.norm_of(self.norm, hvp(y), dtype)
         small = ~(state.polish.gradient_norm > self.atol + slack)
         saddle = lowest < -(eps**0.5) * largest
-        result = RESULTS.where(saddle, RESULTS.saddle_point, RESULTS.successful)
+        # `‖∇f‖ / ‖H‖` is no more than the Newton step, the distance from a minimum.
+        size = jnp.maximum(vs.length(y, dtype), 1)
+        far = state.polish.gradient_norm > FAR * size * largest
+        result = RESULTS.where(far, RESULTS.flat_objective, RESULTS.successful)
+        result = RESULTS.where(saddle, RESULTS.saddle_point, result)
         result = RESULTS.where(small, result, RESULTS.unattainable_tolerance)
         result = RESULTS.where(
             state.polish.nonfinite_start, RESULTS.nonfinite_start, result

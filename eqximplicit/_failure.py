@@ -1,0 +1,123 @@
+"""What a failed solve raises: one exception, whose first line is cause and remedy."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Generator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Int
+
+from ._solution import RESULTS, Solution
+
+
+class SolveError(eqx.EquinoxRuntimeError):
+    """A solve failed. The first line of the message is the cause, then the remedy.
+
+    A layer that is called outside of `jit` raises this, under `jax.grad` and `jax.vmap`
+    too. Inside a compiled program the exception is made by whoever compiled it, with
+    the same sentence further down:
+
+    | called under | raises | the sentence is |
+    |---|---|---|
+    | no `jit` | `SolveError` | the first line |
+    | `eqx.filter_jit` | `eqx.EquinoxRuntimeError`, its base | below the stack |
+    | `jax.jit` | `jax.errors.JaxRuntimeError` | buried in a traceback |
+    | any of them in [`eqximplicit.solve_errors`][] | `SolveError` | the first line |
+
+    All of them are a `RuntimeError`.
+    """
+
+
+@functools.cache
+def _sentences() -> tuple[str, ...]:
+    """The message of every result code, on one line."""
+    structure = jtu.tree_structure(RESULTS.successful)
+    codes = [jtu.tree_unflatten(structure, [np.array(i)]) for i in range(len(RESULTS))]
+    return tuple(" ".join(RESULTS[code].split()) for code in codes)
+
+
+@contextlib.contextmanager
+def solve_errors() -> Generator[None, None, None]:
+    """Makes every failed solve inside raise a `SolveError`, however it was compiled.
+
+    For programs under `jax.jit`, whose runtime errors are long and end in the sentence
+    that matters. As a context or as a decorator; other errors pass unchanged. On an
+    accelerator wait for the result inside (`jax.block_until_ready`): an error comes
+    with the value.
+
+    **Returns:** a context manager.
+
+    **Raises:** [`eqximplicit.SolveError`][] in place of the compiler's exception.
+
+    !!! example
+
+        ```python
+        with eqi.solve_errors():
+            y = jax.jit(lambda a: layer(y0, a))(a)
+        ```
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        said = [sentence for sentence in _sentences() if sentence and sentence in text]
+        if isinstance(error, SolveError) or not said:
+            raise
+        raise SolveError(said[0]) from None
+
+
+@custom_vmap
+def _worst_lane(code: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest code of all lanes, the failure of a batch; success for no lanes."""
+    return code
+
+
+@_worst_lane.def_vmap
+def _worst_lane_vmap(
+    axis_size: Any, in_batched: list[bool], code: Int[Array, " lanes"]
+) -> tuple[Int[Array, ""], bool]:
+    del axis_size, in_batched
+    return _worst_lane(jnp.max(code, axis=0, initial=0)), False
+
+
+def _value(code: Array) -> int | None:
+    """A code as a number, if it has a value yet."""
+    try:
+        return int(code)
+    except jax.errors.ConcretizationTypeError:
+        return None
+
+
+def refuse_failure(solution: Solution[Any, Any]) -> Solution[Any, Any]:
+    """The solution of a solve that has succeeded.
+
+    **Raises:** `SolveError` if it has failed; inside `jit`, when the program runs.
+    """
+    (code,) = jtu.tree_leaves(solution.result)
+    code = jnp.asarray(code)
+    value = _value(code)
+    if value is None:
+        code = _worst_lane(code)
+        value = _value(code)
+    if value is None or os.environ.get("EQX_ON_ERROR", "raise") != "raise":
+        return _refused_when_run(solution, code)
+    if value != 0:
+        raise SolveError(_sentences()[value])
+    return solution
+
+
+def _refused_when_run(
+    solution: Solution[Any, Any], code: Int[Array, ""]
+) -> Solution[Any, Any]:
+    # The check is on a scalar: one on the state would gather a sharded state.
+    ok = solution.result == RESULTS.successful
+    ok = eqx.branched_error_if(ok, code != 0, code, _sentences())
+    y = jtu.tree_map(lambda y: jnp.where(ok, y, jnp.nan), solution.value)
+    return eqx.tree_at(lambda s: s.value, solution, y)

@@ -1,0 +1,219 @@
+"""Does the suite notice a wrong sign or a missing transpose in the rule?
+
+Each mutant is one change of the source, made in a copy, on which the tests that must
+notice it are run. The script fails if a mutant survives, if a snippet is not found
+exactly once, or if the tests do not pass on the unchanged copy.
+
+    python tests/mutations.py [part of a mutant's name ...]
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+FIRST = "tests/test_rule.py -k closed_form_forwards"
+TRANSPOSE = "tests/test_rule.py -k 'transpose_of_forward or closed_form_forwards'"
+SECOND = "tests/test_rule.py -k 'all_four_orders'"
+SINGULAR = "tests/test_rule.py -k 'singular_lane or untrusted or run_out'"
+ZERO = "tests/test_rule.py -k 'zero_right_hand_side or untrusted'"
+PARTIAL = "tests/test_partial_evaluation.py"
+CLAIM = "tests/test_claim.py -k 'hardly_moves or only_the_lane'"
+MINIMUM = "tests/test_rule.py -k 'parameters_in_the_condition or closed_form_forwards'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in `eqximplicit/<file>`; `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "sign of the right-hand side",
+        "_implicit.py",
+        "jtu.tree_map(jnp.negative, to_real(t_residual, dtype))",
+        "to_real(t_residual, dtype)",
+        FIRST,
+    ),
+    Mutant(
+        "value in place of its tangent",
+        "_implicit.py",
+        "return jax.jvp(residual_of, (moving,), (t_moving,))[1]",
+        "return jax.jvp(residual_of, (moving,), (t_moving,))[0]",
+        FIRST,
+    ),
+    Mutant(
+        "arguments at rest",
+        "_implicit.py",
+        "theta = as_arrays((hoisted, args))",
+        "theta = as_arrays((hoisted, stop_gradient(args)))",
+        FIRST,
+    ),
+    Mutant(
+        "condition at rest",
+        "_implicit.py",
+        "theta = as_arrays((hoisted, args))",
+        "theta = as_arrays((stop_gradient(hoisted), args))",
+        MINIMUM,
+    ),
+    Mutant(
+        "solution at rest in derivatives of the rule",
+        "_implicit.py",
+        "    y = _attach(y, attachment)  # y* moves",
+        "    # y* moves",
+        SECOND,
+    ),
+    Mutant(
+        "rule lost in partial evaluation",
+        "_implicit.py",
+        "    return _attach(y, _Attachment(",
+        "    return _bare_attach(y, _Attachment(",
+        PARTIAL,
+    ),
+    Mutant(
+        "claim turned round",
+        "_implicit.py",
+        "rule.trusted & ~wrong",
+        "rule.trusted & wrong",
+        CLAIM,
+    ),
+    Mutant(
+        "claim not asked",
+        "_implicit.py",
+        "rule.trusted & ~wrong",
+        "rule.trusted",
+        CLAIM,
+    ),
+    Mutant(
+        "no transpose in reverse",
+        "_linear.py",
+        "return _cotangent(rule, transposed, options, b)",
+        "return _cotangent(rule, state, rule.options, b)",
+        TRANSPOSE,
+    ),
+    Mutant(
+        "transpose in forward",
+        "_linear.py",
+        "return _tangent(rule, state, rule.options, b)",
+        "return _tangent(rule, *rule.solver.transpose(state, rule.options), b)",
+        TRANSPOSE,
+    ),
+    Mutant(
+        "matrix without a derivative",
+        "_linear.py",
+        "_joined(operator.mv(_joined(x)))",
+        "_joined(frozen.mv(_joined(x)))",
+        SECOND,
+    ),
+    Mutant(
+        "untrusted solution differentiated",
+        "_linear.py",
+        "ok = finite & rule.trusted & is_successful(result)",
+        "ok = finite & is_successful(result)",
+        SINGULAR,
+    ),
+    Mutant(
+        "failed linear solve believed",
+        "_linear.py",
+        "ok = finite & rule.trusted & is_successful(result)",
+        "ok = finite & rule.trusted",
+        SINGULAR,
+    ),
+    Mutant(
+        "zero in place of NaN",
+        "_linear.py",
+        "filled(solution, jnp.nan)",
+        "filled(solution, 0)",
+        SINGULAR,
+    ),
+    Mutant(
+        "NaN where nobody asks",
+        "_linear.py",
+        "return select(asked, solution, filled(solution, 0))",
+        "return solution",
+        ZERO,
+    ),
+    Mutant(
+        "transposed factors used as they are",
+        "linear_solvers/dense.py",
+        "flipped = not state.transposed",
+        "flipped = state.transposed",
+        TRANSPOSE,
+    ),
+]
+
+
+def copied(place: Path) -> Path:
+    """A copy of what the tests need."""
+    for name in ("eqximplicit", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, place / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", place)
+    return place
+
+
+def passes(place: Path, tests: str) -> bool:
+    """Whether the tests pass in the copy. Anything but pass or fail is an error."""
+    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"
+    run = subprocess.run(
+        command,
+        shell=True,
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode not in (0, 1):
+        raise SystemExit(f"{command}\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+    return run.returncode == 0
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests pass although the source is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = copied(Path(folder))
+        source = place / "eqximplicit" / mutant.file
+        text = source.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(
+                f"{mutant.name}: `{mutant.old}` occurs {text.count(mutant.old)} times "
+                f"in {mutant.file}, not once. Update `tests/mutations.py`."
+            )
+        source.write_text(text.replace(mutant.old, mutant.new))
+        return passes(place, mutant.tests)
+
+
+def chosen(parts: list[str]) -> list[Mutant]:
+    """The mutants whose name has one of the parts; all of them without any."""
+    return [m for m in MUTANTS if not parts or any(part in m.name for part in parts)]
+
+
+def main() -> None:
+    """Runs the mutants and says what became of each."""
+    mutants, survivors = chosen(sys.argv[1:]), list[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        place = copied(Path(folder))
+        for tests in dict.fromkeys(m.tests for m in mutants):
+            if not passes(place, tests):
+                raise SystemExit(f"`{tests}` fails without any mutant.")
+    for mutant in mutants:
+        survived = survives(mutant)
+        survivors += [mutant.name] * survived
+        print(f"{'SURVIVED' if survived else 'killed':9}{mutant.name}", flush=True)
+    if survivors:
+        raise SystemExit(f"The tests did not notice: {', '.join(survivors)}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""A value that contradicts what its solver claims of it has no derivative."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import eqximplicit as eqi
+
+# Badly conditioned, in units that differ by 1e4, and with a solution at the origin in
+# one of them.
+CURVATURE = np.array([1e4, 1.0, 3e-3])
+CENTRE = np.array([1.0, 0.0, -2.0])
+TIGHT = {"rtol": 1e-8, "atol": 1e-8}
+SINGLE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def bowl(y, a):
+    d = y - a * jnp.asarray(CENTRE, y.dtype)
+    return jnp.sum(jnp.asarray(CURVATURE, y.dtype) * (jnp.cosh(d) - 1))
+
+
+def slopes(d):
+    return jnp.sqrt(jnp.asarray(CURVATURE, d.dtype)) * jnp.sinh(d)
+
+
+def misfit(y, a):
+    return slopes(y - a * jnp.asarray(CENTRE, y.dtype))
+
+
+def contraction(y, a):
+    return 0.5 * jnp.sin(y) + a * jnp.asarray(CENTRE, y.dtype)
+
+
+def layer(condition, solver, max_steps=20_000):
+    return eqi.ImplicitFunction(condition, solver, throw=False, max_steps=max_steps)
+
+
+SOLVERS = {
+    "BFGS": (eqi.Minimum(bowl), optx.BFGS),
+    "NonlinearCG": (eqi.Minimum(bowl), optx.NonlinearCG),
+    "gradient descent": (
+        eqi.Minimum(bowl),
+        lambda **tol: optx.GradientDescent(learning_rate=1e-4, **tol),
+    ),
+    "FIRE": (eqi.Minimum(bowl), eqi.FIRE),
+    "Gauss-Newton": (eqi.LeastSquares(misfit), optx.GaussNewton),
+    "Levenberg-Marquardt": (eqi.LeastSquares(misfit), optx.LevenbergMarquardt),
+    "dogleg": (eqi.LeastSquares(misfit), optx.Dogleg),
+    "Levenberg-Marquardt, root": (eqi.Root(misfit), optx.LevenbergMarquardt),
+    "Newton": (eqi.Root(misfit), optx.Newton),
+    "Picard": (eqi.FixedPoint(contraction), optx.FixedPointIteration),
+}
+
+
+# optimistix's trust regions keep a radius in double precision, beside any state.
+DOUBLE_ONLY = ("Levenberg-Marquardt", "Levenberg-Marquardt, root", "dogleg")
+CASES = [(name, np.float64) for name in SOLVERS]
+CASES += [(name, np.float32) for name in SOLVERS if name not in DOUBLE_ONLY]
+
+
+def expected(condition, y):
+    """`dy/da` in closed form: the solution is `a` times the centre, or contracted."""
+    if isinstance(condition, eqi.FixedPoint):
+        return CENTRE / (1 - 0.5 * np.cos(y))
+    return CENTRE
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_converged_solve_keeps_its_derivative(name, dtype):
+    condition, solver = SOLVERS[name]
+    tolerances = TIGHT if dtype == np.float64 else SINGLE
+    solve = layer(condition, solver(**tolerances))
+    y0, a = jnp.zeros(3, dtype) + 0.5, jnp.asarray(1.0, dtype)
+
+    @jax.jit
+    def both(a):
+        solution = solve.solve(y0, a)
+        return solution.value, solution.result, jax.jacfwd(lambda a: solve(y0, a))(a)
+
+    value, result, slope = both(a)
+    if not bool(result == eqi.RESULTS.successful):
+        assert np.isnan(slope).all()  # it does not claim to have converged
+        return
+    # The Hessian of the bowl varies by cosh(d), so that of a value d off is off by d.
+    value = np.asarray(value)
+    off = np.max(np.abs(value - CENTRE)) if name != "Picard" else 0.0
+    np.testing.assert_allclose(
+        slope, expected(condition, value), rtol=1e-3, atol=1e-3 + off
+    )
+
+
+def quartic(y, a):
+    return jnp.sum(y**4 / 4 - a * y)
+
+
+def descent(rate):
+    return optx.GradientDescent(learning_rate=rate, rtol=1e-6, atol=1e-6)
+
+
+def gradients(solve, y0, a):
+    total = lambda a: jnp.sum(solve(y0, a))
+    return jax.jit(jax.grad(total))(a), jax.jit(jax.jacfwd(total))(a)
+
+
+@pytest.mark.parametrize("size", [(), (70,), (4, 5)], ids=str)
+def test_steps_too_small_to_tell_from_convergence_give_nan(size):
+    y0 = jnp.ones(size)
+    for slope in gradients(layer(eqi.Minimum(quartic), descent(1e-9)), y0, 8.0):
+        assert np.isnan(slope)
+    entries = int(np.prod(size))
+    for slope in gradients(layer(eqi.Minimum(quartic), descent(0.05)), y0, 8.0):
+        np.testing.assert_allclose(slope, entries / 12, rtol=1e-4)
+
+
+def test_map_that_hardly_moves_gives_nan():
+    solve = layer(
+        eqi.FixedPoint(lambda y, a: y - 1e-9 * (y**3 - a)),
+        optx.FixedPointIteration(rtol=1e-6, atol=1e-6),
+    )
+    for slope in gradients(solve, jnp.array(1.0), 8.0):
+        assert np.isnan(slope)
+
+
+def test_only_the_lane_that_is_wrong_is_nan():
+    solve = layer(eqi.Minimum(quartic), descent(1e-9))
+    guesses = jnp.array([1.0, 2.0])  # the second is the minimum
+    slope = jax.jit(jax.vmap(jax.grad(lambda a, y: solve(y, a)), (None, 0)))(
+        8.0, guesses
+    )
+    assert np.isnan(slope[0])
+    np.testing.assert_allclose(slope[1], 1 / 12, rtol=1e-6)
+
+
+def ridge(y, a):
+    return jnp.sum(y**4 / 4 - a * y**2 / 2)
+
+
+@pytest.mark.parametrize("solver", [optx.BFGS(**TIGHT), eqi.FIRE(**TIGHT)], ids=type)
+@pytest.mark.parametrize("entries", [2, 100])
+def test_saddle_taken_for_a_minimum_gives_nan(solver, entries):
+    solve = layer(eqi.Minimum(ridge), solver)
+    for slope in gradients(solve, jnp.zeros(entries).at[0].set(1.0), 2.0):
+        assert np.isnan(slope)
+    for slope in gradients(solve, jnp.ones(entries), 2.0):
+        np.testing.assert_allclose(slope, entries / np.sqrt(8), rtol=1e-4)
+
+
+def test_flat_direction_is_no_saddle():
+    valley = lambda y, a: (y[0] - y[1] - a) ** 2
+    solve = layer(eqi.Minimum(valley), optx.BFGS(**TIGHT))
+    slope = jax.jit(jax.grad(lambda a: solve(jnp.zeros(2), a) @ jnp.array([1.0, -1.0])))
+    np.testing.assert_allclose(slope(1.0), 1.0, rtol=1e-6)
+
+
+def test_callable_that_stops_early_on_purpose_keeps_its_derivative():
+    one_step = lambda y, a: y - 0.01 * (y**3 - a)
+    for slope in gradients(layer(eqi.Minimum(quartic), one_step), jnp.array(1.0), 8.0):
+        np.testing.assert_allclose(slope, 1 / (3 * 1.07**2), rtol=1e-9)
+
+
+def test_objective_without_a_minimum_is_called_flat():
+    solve = layer(eqi.Minimum(lambda y, a: jnp.exp(-a * y)), eqi.AutoMinimiser(), 512)
+    solution = solve.solve(jnp.array(1.0), jnp.array(1.0))
+    assert bool(solution.result == eqi.RESULTS.flat_objective)
+
+
+def test_forward_solve_computes_nothing_of_it():
+    solve = layer(eqi.Minimum(quartic), descent(0.05))
+    text = jax.jit(lambda a: solve(jnp.ones(3), a)).lower(8.0).as_text()
+    slope = jax.jit(jax.grad(lambda a: solve(jnp.ones(3), a).sum())).lower(8.0)
+    assert "syevd" not in text
+    assert "syevd" in slope.as_text()
