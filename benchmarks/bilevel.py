@@ -160,7 +160,10 @@ def logistic() -> Workload:
     condition = eqi.Minimum(objective, tags=lx.positive_semidefinite_tag)
     ours = eqi.ImplicitFunction(condition, None, adjoint, throw=False)
     matched = eqi.ImplicitFunction(
-        condition, lambda _, theta: forward(theta), adjoint, throw=False
+        condition,
+        lambda _, theta: forward(theta),
+        eqi.ImplicitAdjoint(eqi.HybridKrylov(rtol=adjoint_rtol, restart=0)),
+        throw=False,
     )
     solves = {
         OURS: layer_call(ours, w0),

@@ -86,7 +86,8 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         system too ill-conditioned for more; a given `rtol` must be reached within a
         factor of two.
     - `max_steps`: the largest number of products in each of the two phases.
-    - `restart`: how many pairs of vectors the second phase keeps.
+    - `restart`: how many pairs of vectors the second phase keeps; with 0 there is no
+        second phase, and what stagnates has failed (and is compiled faster).
     - `fallback`: a direct solver for the second phase. It is also used instead of both
         under `vmap` of many right-hand sides over one operator, where it factorises
         once (the columns of a Jacobian).
@@ -186,6 +187,8 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         no = jnp.asarray(False)
         need = ~system.solved(it.rr) & jnp.isfinite(system.bb)
         first = _Outcome(it.x, it.rr, it.steps, no, no)
+        if self.restart == 0:
+            return first
         if self.fallback is None:
             return jax.lax.cond(
                 any_lane(need), lambda: self._continue(system, it), lambda: first

@@ -61,9 +61,12 @@ def where(pred: Array, x: Array | float, y: Array | float) -> Array:
     arrays = [z for z in (x, y) if isinstance(z, jax.Array)]
     if not arrays:
         return jnp.where(pred, x, y)
-    dtype = arrays[0].dtype
+    strong = [z for z in arrays if not z.weak_type]
+    dtype = (strong or arrays)[0].dtype
     both = [
-        z if isinstance(z, jax.Array) else jax.lax.full_like(pred, z, dtype)
+        z.astype(dtype)
+        if isinstance(z, jax.Array)
+        else jax.lax.full_like(pred, z, dtype)
         for z in (x, y)
     ]
     return jax.lax.select(pred, *both)
