@@ -80,11 +80,17 @@ def approximate(
     x: PyTree[Array],
     vector: PyTree[Array],
     residual_norm: Float[Array, ""],
+    *,
+    regular: Bool[Array, ""] | None = None,
     **stats: Any,
 ) -> Measured:
-    """The answer of a solver that is inexact by design: good if it is finite."""
+    """An answer whose own residual does not decide: good if it is finite.
+
+    That of a solver which is inexact by design, or has been measured before.
+    """
     bb, good = dot(vector, vector), jnp.isfinite(dot(x, x))
-    return _answer(x, residual_norm**2, bb, good, None, lx.RESULTS.singular, stats)
+    stats = {"residual_norm": residual_norm, **stats}
+    return _answer(x, bb, bb, good, regular, lx.RESULTS.singular, stats)
 
 
 def _answer(

@@ -202,7 +202,7 @@ class SmallState(eqx.Module):
         return SmallState(transposed(self.rows), transposed(self.inverse), self.regular)
 
 
-class SmallSolution(eqx.Module):
+class SmallSolution(NamedTuple):
     """The solution of a small system, with the squared norms that judge it."""
 
     x: PyTree[Array]
