@@ -123,7 +123,8 @@ def _moves(tangent: Any) -> bool:
 
 
 def _zeros(primals: Leaves) -> list[Any]:
-    return [ad.Zero.from_primal_value(x) for x in primals]
+    zero: Any = ad.Zero
+    return [zero.from_primal_value(x) for x in primals]
 
 
 def _mapped(axis: Any, fn: Callable[..., Any], *dims: list[Any]) -> Callable[..., Any]:

@@ -164,7 +164,7 @@ def within(
 
     Without a root where none is needed, for which XLA would make a kernel.
     """
-    if isinstance(atol, float) and atol == 0:
+    if isinstance(atol, float) and atol == 0.0:
         return lax.le(rr, lax.mul(bb, jnp.asarray(rtol**2, bb.dtype)))
     return jnp.sqrt(rr) <= rtol * jnp.sqrt(bb) + atol
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import Array
 
-from .._custom_types import LinearSolver, PyTree
+from .._custom_types import PyTree
 from ._measured import AbstractMeasuredSolver, Measured
 from ._residual import epsilon, size, structure
 from .checked import Checked
@@ -30,14 +30,14 @@ FALLBACK_SIZE = 2048
 class Selection(NamedTuple):
     """A linear solver, and a sentence that says why it was chosen."""
 
-    solver: LinearSolver
+    solver: AbstractMeasuredSolver[Any]
     reason: str
 
 
 class AutoState(eqx.Module):
     """The state of the solver that was chosen."""
 
-    solver: LinearSolver
+    solver: AbstractMeasuredSolver[Any]
     inner: Any
 
 
@@ -128,7 +128,7 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
             )
         return None
 
-    def _direct(self, symmetric: bool) -> LinearSolver:
+    def _direct(self, symmetric: bool) -> AbstractMeasuredSolver[Any]:
         if symmetric:
             return DirectSymmetric(rcond=self.rcond, max_bytes=self.max_bytes)
         return DirectLU(max_bytes=self.max_bytes)

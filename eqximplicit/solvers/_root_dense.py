@@ -169,8 +169,8 @@ def step_dense(
     trial = _measured_trial(*stop_gradient((base, x, residual)))
     decision = ph.decided(ph.read(state.control), trial, limits)
     matrix = jax.lax.cond(decision.wanted, transposed, lambda: base.transposed)
-    moved = _where(decision.accepted, (x, residual), (base.x, base.residual))
-    base = Base(*moved, matrix)
+    new = _where(decision.accepted, (x, residual), (base.x, base.residual))
+    base = Base(new[0], new[1], matrix)
     y, best_aux = _where(decision.better, (trial_y, aux), (y, state.aux))
 
     # What the base shows, the reaction of the phases, and the next trial.
