@@ -4,6 +4,7 @@
     python benchmarks/report.py --quick            # fewer rounds, about five
     python benchmarks/report.py --only deq pair    # some of them
     python benchmarks/report.py --page docs        # writes docs/benchmarks.md and .png
+    python benchmarks/report.py --platform gpu     # on a GPU, in wall time
 
 A contestant whose derivative is off by more than its workload allows is not timed.
 """
@@ -27,6 +28,7 @@ from workloads import WORKLOADS
 
 LIBRARIES = (OURS, MATCHED, "optimistix", "jaxopt", "unrolled")
 FIRST_LIMIT = 1.3
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # host solvers stay on the CPU
 MEAN_LIMITS = {"gradient": 1.05, "first call": 1.2}
 
 
@@ -218,7 +220,7 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return (
         f"{platform.machine()}, {model}, {one_core.CORES} cores of which one is used; "
-        f"Python {platform.python_version()}, {versions}."
+        f"{jax.devices()[0].device_kind}; Python {platform.python_version()}, {versions}."
     )
 
 
@@ -266,7 +268,7 @@ whole Jacobian), *forward* the solution alone, *first call* trace, lowering and
 compilation of the gradient. Each contestant's derivative is first compared with a NumPy
 program in float64; all are asked for the same tolerances, none of them raises
 (`throw=False`). `eqximplicit` has the default solvers, `eqximplicit, matched` is given
-the algorithm of the code by hand (in iMAML both are one). Where jaxopt has no solver
+the algorithm of the code by hand (for small roots and in iMAML both are one). Where jaxopt has no solver
 for a problem (small roots, iMAML), its `custom_root` is around the solver by hand.
 
 The problems are in `benchmarks/workloads.py` and `benchmarks/bilevel.py`. Further
@@ -305,7 +307,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--page", type=Path, metavar="FOLDER", default=Path("outputs"))
+    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     options = parser.parse_args()
+    jax.config.update("jax_platforms", PLATFORMS[options.platform])
+    if options.platform == "gpu":
+        timing.measure_wall_time()
     options.page.mkdir(parents=True, exist_ok=True)
     effort = QUICK if options.quick else FULL
     extras = Extras(effort, memory.table(), approximations.table())
@@ -321,5 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
     main()
