@@ -220,7 +220,8 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return (
         f"{platform.machine()}, {model}, {one_core.CORES} cores of which one is used; "
-        f"{jax.devices()[0].device_kind}; Python {platform.python_version()}, {versions}."
+        f"{jax.devices()[0].device_kind}; "
+        f"Python {platform.python_version()}, {versions}."
     )
 
 
@@ -268,8 +269,9 @@ whole Jacobian), *forward* the solution alone, *first call* trace, lowering and
 compilation of the gradient. Each contestant's derivative is first compared with a NumPy
 program in float64; all are asked for the same tolerances, none of them raises
 (`throw=False`). `eqximplicit` has the default solvers, `eqximplicit, matched` is given
-the algorithm of the code by hand (for small roots and in iMAML both are one). Where jaxopt has no solver
-for a problem (small roots, iMAML), its `custom_root` is around the solver by hand.
+the algorithm of the code by hand (for small roots and in iMAML both are one). Where
+jaxopt has no solver for a problem (small roots, iMAML), its `custom_root` is around the
+solver by hand.
 
 The problems are in `benchmarks/workloads.py` and `benchmarks/bilevel.py`. Further
 scripts: `sparse.py` (2-D diffusion, too), `linear_solvers.py`, `root_finders.py`,
