@@ -44,21 +44,23 @@ def from_entries(scalars: Scalars, like: PyTree[Any]) -> PyTree[Array]:
     start, out = 0, list[Array]()
     for leaf in leaves:
         stop = start + math.prod(leaf.shape)
-        out.append(_together(scalars[start:stop], leaf.shape))
+        out.append(_together(scalars[start:stop], leaf))
         start = stop
     return jtu.tree_unflatten(treedef, out)
 
 
-def _together(scalars: Scalars, shape: tuple[int, ...]) -> Array:
+def _together(scalars: Scalars, like: Any) -> Array:
     # A choice by index is part of the loop around it; a concatenation is not.
-    if shape == ():
+    if not scalars:
+        return jnp.zeros(like.shape, like.dtype)
+    if like.shape == ():
         return scalars[0]
     first, *others = scalars
     out = jnp.broadcast_to(first, (len(scalars),))
     for i, scalar in enumerate(others, 1):
         here = np.arange(len(scalars)) == i
         out = lax.select(here, jnp.broadcast_to(scalar, out.shape), out)
-    return lax.reshape(out, shape)
+    return lax.reshape(out, like.shape)
 
 
 def rows_of(

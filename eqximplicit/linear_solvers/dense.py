@@ -47,10 +47,15 @@ def materialised(
 
     **Raises:** `ValueError`, with the number of bytes, if it has more than `max_bytes`.
     """
+    check_fits(operator, max_bytes, who)
+    return operator.as_matrix()
+
+
+def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) -> None:
+    """Refuses to materialise a matrix of more than `max_bytes`."""
     rows, cols = operator.out_size(), operator.in_size()
     itemsize = jnp.dtype(jax.tree_util.tree_leaves(operator.in_structure())[0].dtype)
     check_bytes(rows, cols, itemsize.itemsize, max_bytes, who)
-    return operator.as_matrix()
 
 
 def _pivot_health(lu: Float[Array, "n n"]) -> Float[Array, ""]:
@@ -130,6 +135,7 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
         del options
         limit = singular_below(epsilon(structure(operator)))
         if operator.in_size() <= LARGEST:
+            check_fits(operator, self.max_bytes, "DirectLU")
             return small_state(operator, limit)
         matrix = materialised(operator, self.max_bytes, "DirectLU")
         lu, _, rows = jax.lax.linalg.lu(matrix)

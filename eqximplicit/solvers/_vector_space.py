@@ -2,7 +2,8 @@
 
 A state may hold float32 beside float64. Scalars (step lengths, inner products) then
 live in the widest real dtype of the state, and are cast to a leaf's dtype where they
-meet it, so that nothing is promoted behind the user's back.
+meet it, so that nothing is promoted behind the user's back. `lax` is used where it will
+do: each operator of `jnp` is a `jit`, and is traced as one.
 """
 
 import functools as ft
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._state import num_entries
@@ -53,21 +55,27 @@ def one_dtype(tree: Any) -> bool:
     return len({jnp.dtype(leaf.dtype) for leaf in leaves}) <= 1
 
 
+def _as(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
 def add_scaled(x: T, scale: Float[Array, ""], direction: T) -> T:
     """Returns `x + scale * direction`."""
     return jtu.tree_map(
-        lambda xi, di: xi + scale.astype(xi.dtype) * di.astype(xi.dtype), x, direction
+        lambda xi, di: lax.add(xi, lax.mul(_as(scale, xi.dtype), _as(di, xi.dtype))),
+        x,
+        direction,
     )
 
 
 def scaled(scale: Float[Array, ""], x: T) -> T:
     """Returns `scale * x`."""
-    return jtu.tree_map(lambda xi: scale.astype(xi.dtype) * xi, x)
+    return jtu.tree_map(lambda xi: lax.mul(_as(scale, xi.dtype), xi), x)
 
 
 def minus(x: T, y: T) -> T:
     """Returns `x - y`."""
-    return jtu.tree_map(jnp.subtract, x, y)
+    return jtu.tree_map(lax.sub, x, y)
 
 
 def negative_conjugate(x: T) -> T:
@@ -84,7 +92,7 @@ def select(pred: Bool[Array, ""], x: T, y: T) -> T:
     """Returns `x` where `pred`, else `y`; leaves that are no arrays come from `x`."""
 
     def pick(xi: Any, yi: Any) -> Any:
-        return jnp.where(pred, xi, yi) if eqx.is_array(xi) else xi
+        return lax.select(pred, xi, yi) if eqx.is_array(xi) else xi
 
     return jtu.tree_map(pick, x, y)
 
