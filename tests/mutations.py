@@ -23,6 +23,7 @@ SECOND = "tests/test_rule.py -k 'all_four_orders'"
 SINGULAR = "tests/test_rule.py -k 'singular_lane or untrusted or run_out'"
 ZERO = "tests/test_rule.py -k 'zero_right_hand_side or untrusted'"
 BATCH = "tests/test_rule.py -k 'batch or lane or vmap'"
+FACTORS = "tests/test_linear_solvers.py -k 'transpose'"
 CLAIM = "tests/test_claim.py -k 'hardly_moves or only_the_lane'"
 MINIMUM = "tests/test_rule.py -k 'parameters_in_the_condition or closed_form_forwards'"
 
@@ -110,10 +111,10 @@ MUTANTS = [
         TRANSPOSE,
     ),
     Mutant(
-        "batch of matrices with the columns of another",
+        "transpose in a batch",
         "_primitives.py",
         "solve=_mapped(axis, system.solve, f_dims, zeros),",
-        "solve=_mapped(axis, lambda f, b: system.solve(f, b[::-1]), f_dims, zeros),",
+        "solve=_mapped(axis, system.solve_transposed, f_dims, zeros),",
         BATCH,
     ),
     Mutant(
@@ -170,6 +171,13 @@ MUTANTS = [
         "linear_solvers/dense.py",
         "transposed=not state.transposed",
         "transposed=state.transposed",
+        FACTORS,
+    ),
+    Mutant(
+        "transposed inverse used as it is",
+        "linear_solvers/_small.py",
+        "transposed(self.inverse)",
+        "self.inverse",
         TRANSPOSE,
     ),
 ]
