@@ -68,13 +68,28 @@ def _measured_trial(base: Base, x: Array, residual: Array) -> ph.Trial:
     return ph.Trial(norm, largest, step_length, base_length, linear_norm)
 
 
-def _measured_base(base: Base, gradient: Array, columns: Array, atol: float) -> ph.Base:
-    slope, length = vs.lengths([gradient, base.x], base.x.dtype)
+class _Measured(eqx.Module):
+    """What the base shows, without derivatives."""
+
+    control: ph.Base
+    columns: Float[Array, " n"]  # lengths of the columns of J, relative to their mean
+    scaled_slope: Float[Array, ""]  # |J'F|, entry by entry over those
+
+
+def _measured_base(base: Base, gradient: Array, atol: float) -> _Measured:
+    columns = jnp.sqrt(jnp.sum(base.transposed**2, axis=1))
+    jacobian_norm = jnp.sqrt(jnp.sum(columns**2))
+    mean = ph.length_or_one(jacobian_norm) / base.x.size**0.5
+    columns = jnp.where(columns > 0, columns, mean) / mean
+    slope, length, scaled_slope = vs.lengths(
+        [gradient, base.x, gradient / columns], base.x.dtype
+    )
     # An entry below this many roundings of its own terms cannot be made smaller.
     terms = jnp.sum(jnp.abs(base.transposed * base.x[:, None]), axis=0)
     noise = _ROUNDINGS * float(jnp.finfo(base.x.dtype).eps) * terms
     excess = jnp.max(jnp.abs(base.residual) - jnp.maximum(noise, atol))
-    return ph.Base(slope, jnp.sqrt(jnp.sum(columns**2)), length, excess)
+    shown = ph.Base(slope, jacobian_norm, length, excess)
+    return _Measured(shown, columns, scaled_slope)
 
 
 def _direction_without_slope(n: int, dtype: Any) -> Float[Array, " n"]:
@@ -84,30 +99,27 @@ def _direction_without_slope(n: int, dtype: Any) -> Float[Array, " n"]:
 
 
 def _propose(
-    base: Base, gradient: Array, columns: Array, length: Array, control: ph.Control
+    base: Base, gradient: Array, seen: _Measured, control: ph.Control
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """The next trial: a Newton step, bounded in length, or a damped one.
 
     And whether it shows that the Jacobian is regular.
     """
     transposed, damped = base.transposed, control.damped > 0
-    jacobian_norm = jnp.sqrt(jnp.sum(columns**2))
-    columns = jnp.where(columns > 0, columns, 1)
-    columns = columns / jnp.sqrt(jnp.mean(columns**2))
-    scale = jnp.where(control.rescaled, columns, 1)
-    slope = stop_gradient(norm_of(gradient / scale))
+    scale = jnp.where(control.rescaled, seen.columns, 1)
+    slope = jnp.where(control.rescaled, seen.scaled_slope, seen.control.slope)
     step = newton_or_damped_step(
         transposed, base.residual, gradient, scale, slope / control.radius, damped
     )
     size = norm_of(stop_gradient(step))
-    longest = control.longest * length
+    longest = control.longest * ph.length_or_one(seen.control.length)
     bounded = step * jnp.where(size > longest, longest / size, 1)
     step = jnp.where(damped, step, bounded)
     step = jnp.where(control.flipped > 0, -step, step)
     usable = jnp.isfinite(size) & (size > 0)
     lost = longest * _direction_without_slope(step.size, step.dtype)
     trial = base.x + jnp.where(usable, step, lost)
-    return trial, ph.is_regular(control, jacobian_norm, size)
+    return trial, ph.is_regular(control, seen.control.jacobian, size)
 
 
 def _evaluate(
@@ -175,12 +187,10 @@ def step_dense(
 
     # What the base shows, the reaction of the phases, and the next trial.
     gradient = base.transposed @ base.residual
-    frozen = stop_gradient(base)
-    columns = jnp.sqrt(jnp.sum(frozen.transposed**2, axis=1))
-    seen = _measured_base(frozen, stop_gradient(gradient), columns, atol)
-    vector = ph.after(state.control, trial, seen, limits, x.size)
-    control, length = ph.read(vector), ph.length_or_one(seen.length)
-    proposed, regular = _propose(base, gradient, columns, length, control)
+    seen = _measured_base(*stop_gradient((base, gradient)), atol)
+    vector = ph.after(state.control, trial, seen.control, limits, x.size)
+    control = ph.read(vector)
+    proposed, regular = _propose(base, gradient, seen, control)
     return y, DenseState(
         base=base,
         trial=jnp.where(control.to_best > 0, space.ravel(y), proposed),
