@@ -26,7 +26,7 @@ from ._verdict import Tolerance
 Fn = Callable[[Any, Any], tuple[Any, Any]]
 # After `k` plain steps the residual must be at most `SLACK * RATE**k` of what it was: a
 # robust solver needs half as many steps as plain iteration at that rate.
-SLACK, RATE = 1.2, 0.5
+SLACK, RATE = 2.0, 0.5
 # Newton's method is given so many steps. Near a root it needs five; a step that goes up
 # first, as many do, costs less than to watch for it in each of 10 000 lanes.
 NEWTON_STEPS = 16
