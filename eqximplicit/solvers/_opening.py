@@ -27,6 +27,8 @@ Fn = Callable[[Any, Any], tuple[Any, Any]]
 # After `k` plain steps the residual must be at most `SLACK * RATE**k` of what it was: a
 # robust solver needs half as many steps as plain iteration at that rate.
 SLACK, RATE = 2.0, 0.5
+# One digit beyond the tolerance, unless that is below so many roundings.
+DIGIT, ROUNDINGS = 0.1, 16.0
 # Newton's method is given so many steps. Near a root it needs five; a step that goes up
 # first, as many do, costs less than to watch for it in each of 10 000 lanes.
 NEWTON_STEPS = 16
@@ -75,6 +77,7 @@ class _Contraction(eqx.Module):
     before: Float[Array, ""]  # and that of the iterate before
     bound: Float[Array, ""]  # what it must not exceed
     steps: Int[Array, ""]
+    target: float = eqx.field(static=True)
 
     @property
     def contracts(self) -> Bool[Array, ""]:
@@ -82,8 +85,8 @@ class _Contraction(eqx.Module):
 
     @property
     def solved(self) -> Bool[Array, ""]:
-        # |r| / (1 - rate) < 1, with the rate |r| / |r before|, and without a division.
-        slack = self.before - self.error
+        # |r| / (1 - rate) < target, with the rate |r| / |r before|; no division.
+        slack = self.target * (self.before - self.error)
         return (self.error == 0) | (self.error * self.before < slack)
 
 
@@ -95,7 +98,7 @@ def picard(
     tolerance: Tolerance,
     max_steps: int | None,
 ) -> Opened:
-    r"""Iterates `y = fn(y)` until the estimated error is within the tolerance.
+    r"""Iterates `y = fn(y)` until the estimated error is well within the tolerance.
 
     The error is the residual over $1 - \rho$ for a residual that shrinks by $\rho$. It
     is that of the point returned: its image is the next iterate.
@@ -111,10 +114,12 @@ def picard(
         error = tolerance.measure(vs.minus(image, c.ahead), c.ahead)
         aux = eqx.filter(aux, eqx.is_array)
         bound = RATE * jnp.minimum(c.bound, SLACK / RATE * error)
-        return _Contraction(c.ahead, image, aux, error, c.error, bound, c.steps + 1)
+        steps = c.steps + 1
+        return _Contraction(c.ahead, image, aux, error, c.error, bound, steps, target)
 
     infinite, zero = jnp.asarray(jnp.inf, vs.real_dtype(y)), jnp.zeros((), int)
-    begun = _Contraction(y, y, arrays, infinite, infinite, infinite, zero)
+    target = _target(tolerance, vs.resolution(y))
+    begun = _Contraction(y, y, arrays, infinite, infinite, infinite, zero, target)
     c = jax.lax.while_loop(unfinished, step, begun)
     usable = (c.error < c.before) | (c.error < 1)
     residual = vs.minus(c.ahead, c.y)
@@ -125,6 +130,18 @@ def picard(
     }
     start = vs.select(c.solved, c.y, vs.select(usable, c.ahead, y))
     return Opened(start, eqx.combine(c.aux, static), c.solved, c.steps, c.steps, stats)
+
+
+def _target(tolerance: Tolerance, eps: float) -> float:
+    """The part of the tolerance that is aimed at: a digit more, where there is one.
+
+    A robust solver overshoots its tolerance by as much, and a plain step is cheap.
+    """
+    known = isinstance(tolerance.rtol, float) and isinstance(tolerance.atol, float)
+    if not known or max(tolerance.rtol, tolerance.atol) == 0.0:
+        return 1.0
+    floor = ROUNDINGS * eps / max(tolerance.rtol, tolerance.atol)
+    return min(max(DIGIT, floor), 1.0)
 
 
 class _Newton(eqx.Module):
