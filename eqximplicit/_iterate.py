@@ -21,7 +21,7 @@ from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
 from .linear_solvers._residual import any_lane
-from .solvers._opening import AbstractOpening, chosen, Opened
+from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened
 
 # A solve that has become NaN is noticed after at most this many further steps.
 _FINITE_CHECK_EVERY = 4096
@@ -170,6 +170,8 @@ def iterate(
 def _opened(run: Run, y: PyTree[Array]) -> Opened | None:
     solver, fn = run.solver, run.fn
     if not isinstance(solver, AbstractOpening) or fn.must_vanish:
+        return None
+    if run.max_steps is not None and run.max_steps < LEAST_BUDGET:
         return None
     aux = filled(fn.out_struct(y, run.args)[1], 0)
     return solver.opening(fn, y, run.args, aux, run.max_steps)

@@ -212,9 +212,18 @@ class SmallSolution(NamedTuple):
     bb: Float[Array, ""]
 
 
+def is_placed(struct: PyTree[ShapeDtypeStruct]) -> bool:
+    """Whether a leaf has a sharding, which new arrays (unit vectors) do not have."""
+    leaves = jtu.tree_leaves(struct)
+    return any(getattr(leaf, "sharding", None) is not None for leaf in leaves)
+
+
 def small_state(operator: lx.AbstractLinearOperator, limit: float) -> SmallState:
     """The inverse, regular where more than `limit` of the determinant is left."""
-    rows = rows_of(operator.mv, operator.in_structure())
+    if is_placed(operator.in_structure()):
+        rows = [list(row) for row in operator.as_matrix()]
+    else:
+        rows = rows_of(operator.mv, operator.in_structure())
     found = inverse(rows)
     regular = lax.gt(
         found.determinant, lax.mul(found.terms, lax.full_like(found.terms, limit))

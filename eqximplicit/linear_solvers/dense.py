@@ -97,8 +97,11 @@ def _is_exact(
     # An error of the factors is in every solution, and so in that of one right-hand
     # side without a pattern. For each of many, a product costs what elimination does.
     b = jnp.cos(jnp.arange(1, matrix.shape[0] + 1, dtype=matrix.dtype))
-    r = b - _matvec(matrix, _substitute(lu, rows, b, False))
-    return dot(r, r) <= residual_limit(epsilon(matrix)) ** 2 * dot(b, b)
+    x = _substitute(lu, rows, b, False)
+    # Row by row, so that the scale of a row has no say.
+    terms = _matvec(jnp.abs(matrix), jnp.abs(x)) + jnp.abs(b)
+    r = jnp.abs(b - _matvec(matrix, x))
+    return jnp.all(r <= residual_limit(epsilon(matrix)) * terms)
 
 
 class LUState(eqx.Module):

@@ -32,6 +32,9 @@ DIGIT, ROUNDINGS = 0.1, 16.0
 # Newton's method is given so many steps. Near a root it needs five; a step that goes up
 # first, as many do, costs less than to watch for it in each of 10 000 lanes.
 NEWTON_STEPS = 16
+_FAR = 100.0
+# A budget below this is not shared with an opening.
+LEAST_BUDGET = 2 * NEWTON_STEPS
 
 
 class Opened(eqx.Module):
@@ -42,7 +45,7 @@ class Opened(eqx.Module):
     - `y`: the solution where `solved`; where not, a start for the robust solver.
     - `aux`: the auxiliary output of the function at `y` where `solved`.
     - `num_steps`: the evaluations of the function so far,
-    - `budget`: and the most of any lane.
+    - `budget`: and those that count against `max_steps`, whatever other lanes did.
     - `stats`: where `solved`, the statistics that the robust solver would report.
     """
 
@@ -167,11 +170,11 @@ def small_newton(
     they are: that is cheaper than to choose lane by lane for everything in the loop.
     """
     arrays, static = eqx.partition(aux, eqx.is_array)
-    limit = NEWTON_STEPS if max_steps is None else min(NEWTON_STEPS, max_steps)
+    del max_steps
     struct = jax.eval_shape(lambda: y)
 
     def unfinished(c: _Newton) -> Bool[Array, ""]:
-        return (max_lane(c.residual) > atol) & (c.shared < limit)
+        return (max_lane(c.residual) > atol) & (c.shared < NEWTON_STEPS)
 
     def step(c: _Newton) -> _Newton:
         at = small.from_entries(c.y, struct)
@@ -191,14 +194,19 @@ def small_newton(
     infinite, zero = jnp.asarray(jnp.inf, vs.real_dtype(y)), jnp.zeros((), int)
     begun = _Newton(small.entries(y), arrays, infinite, zero, zero)
     c = jax.lax.while_loop(unfinished, step, begun)
-    solved = (c.residual >= 0) & (c.residual <= atol)
+    # A residual may also vanish at infinity: what is far away the robust solver judges.
+    first = small.entries(y)
+    way = [new - old for new, old in zip(c.y, first, strict=True)]
+    near = small.largest(way) <= _FAR * jnp.maximum(small.largest(first), 1)
+    solved = (c.residual >= 0) & (c.residual <= atol) & near
     stats = {
         "residual_norm": c.residual,
         "num_evaluations": c.steps * (1 + vs.size(y)),
         "num_restarts": jnp.zeros((), int),
     }
     start = vs.select(solved, small.from_entries(c.y, struct), y)
-    return Opened(start, eqx.combine(c.aux, static), solved, c.steps, c.shared, stats)
+    budget = jnp.asarray(NEWTON_STEPS)
+    return Opened(start, eqx.combine(c.aux, static), solved, c.steps, budget, stats)
 
 
 def chosen(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Scalar
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from .._solution import as_results, Aux, RESULTS, Y
-from ..linear_solvers._small import LARGEST
+from ..linear_solvers._small import is_placed, LARGEST
 from ._opening import AbstractOpening, Opened, small_newton
 from ._root_dense import DenseState, init_dense, step_dense, why
 from ._root_krylov import (
@@ -140,6 +140,8 @@ class AutoRootFinder(
     ) -> Opened | None:
         """Returns the outcome of Newton's method in closed form, for small states."""
         if real_size(y) > LARGEST or has_complex(y) or not one_dtype(y):
+            return None
+        if is_placed(jax.eval_shape(lambda: y)):
             return None
         return small_newton(fn, y, args, aux, self._limits(y).atol, max_steps)
 
