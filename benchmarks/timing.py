@@ -18,16 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-_CLOCKS = [time.process_time]
-
-
-def measure_wall_time() -> None:
-    """From now on: what a GPU does is no CPU time."""
-    _CLOCKS[0] = time.perf_counter
-
-
-def _clock() -> float:
-    return _CLOCKS[0]()
+# Whoever measures on a GPU sets `time.perf_counter`: what that does is no CPU time.
+clock = time.process_time
 
 
 class FirstCall(NamedTuple):
@@ -46,13 +38,13 @@ class FirstCall(NamedTuple):
 def first_call(fn: Callable[..., Any], *args: Any) -> FirstCall:
     """Stages and compiles `fn` from nothing."""
     jax.clear_caches()
-    times = [_clock()]
+    times = [clock()]
     traced = jax.jit(fn).trace(*args)
-    times.append(_clock())
+    times.append(clock())
     lowered = traced.lower()
-    times.append(_clock())
+    times.append(clock())
     compiled = lowered.compile()
-    times.append(_clock())
+    times.append(clock())
     memory = compiled.memory_analysis()
     trace, lower, compile_ = np.diff(times).tolist()
     return FirstCall(trace, lower, compile_, memory.temp_size_in_bytes)
@@ -73,11 +65,11 @@ def first_calls(
 
 
 def _timed(run: Callable[..., Any], args: tuple[Any, ...], number: int) -> float:
-    start = _clock()
+    start = clock()
     for _ in range(number):
         out = run(*args)
     jax.block_until_ready(out)
-    return (_clock() - start) / number
+    return (clock() - start) / number
 
 
 def run_times(
@@ -97,8 +89,8 @@ def run_times(
         jax.block_until_ready(run(*args))
         numbers[name] = max(1, math.ceil(2e-3 / _timed(run, args, 3)))
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    start, rounds = _clock(), 0
-    while rounds < least or _clock() - start < seconds:
+    start, rounds = clock(), 0
+    while rounds < least or clock() - start < seconds:
         rounds += 1
         for name, run in jitted.items():
             times[name].append(_timed(run, args, numbers[name]))

@@ -1,23 +1,32 @@
 """HOW a solution is differentiated: the policy. `_implicit.py` has the mathematics."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array
 
 from ._captured import detach
-from ._claim import claim_of
-from ._condition import AbstractCondition, Root
+from ._claim import Claim
+from ._condition import AbstractCondition, LeastSquares, Minimum, Root
 from ._custom_types import LinearSolver, PyTree
 from ._implicit import implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import RESULTS, where_result
 from ._state import stop_gradient
 from .linear_solvers import AutoLinearSolver
+from .solvers import FIRE
+
+# A solver measures the distance from a solution in its own way: it is held to its
+# tolerance times this, and never to more than two digits of a state of order one.
+_SLACK, _DIGITS = 100.0, 1e-2
+# Their step is itself the estimate of the distance.
+_MEASURED = (optx.Newton, optx.Chord)
 
 
 class Solve(eqx.Module):
@@ -82,6 +91,29 @@ def _structure(tree: Any) -> Any:
     return [(x.shape, x.dtype) for x in leaves] if all(arrays) else None, structure
 
 
+def _claim_of(solver: Any, condition: AbstractCondition[Any, Any]) -> Claim | None:
+    """What `solver` claims by reporting success; `None` if nothing is to be tested.
+
+    Only optimistix's own solvers are held to a distance, and `FIRE` to having found a
+    minimum: a callable has claimed nothing, and the other solvers of this package
+    measure what they claim.
+    """
+    theirs = type(solver).__module__.partition(".")[0] == "optimistix"
+    distance = None
+    if theirs and not isinstance(solver, _MEASURED):
+        distance = _largest(_SLACK * solver.rtol, _SLACK * solver.atol, _DIGITS)
+    extremal = isinstance(condition, (Minimum, LeastSquares))
+    minimum = extremal and (theirs or isinstance(solver, FIRE))
+    claims = distance is not None or minimum
+    return Claim(distance, minimum) if claims else None
+
+
+def _largest(*values: Any) -> Any:
+    if all(isinstance(value, float) for value in values):
+        return max(values)
+    return functools.reduce(jnp.maximum, values)
+
+
 class ImplicitAdjoint(AbstractAdjoint):
     r"""The implicit function theorem at the solution that the solver returned.
 
@@ -119,7 +151,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             aux=outcome.aux,
             trusted=outcome.trusted,
             elsewhere=_if_like(detached.y0, outcome.y),
-            claim=claim_of(detached.solver, solve.condition),
+            claim=_claim_of(detached.solver, solve.condition),
         )
         return eqx.tree_at(lambda o: o.y, outcome, y)
 

@@ -7,26 +7,17 @@ that is made anyway (`_linear.py`), the other in the Hessian. A solve without a
 derivative computes nothing of it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import optimistix as optx
 from jaxtyping import Array, Bool, Float
 
-from ._condition import AbstractCondition, LeastSquares, Minimum
 from ._custom_types import PyTree
 from .linear_solvers._residual import dot
-from .solvers import _vector_space as vs, FIRE
+from .solvers import _vector_space as vs
 from .solvers._curvature import extreme_curvatures
-
-# A solver measures the distance from a solution in its own way: it is held to its
-# tolerance times this, and never to more than two digits of a state of order one.
-_SLACK, _DIGITS = 100.0, 1e-2
-# Their step is itself the estimate of the distance.
-_MEASURED = (optx.Newton, optx.Chord)
 
 
 class Claim(eqx.Module):
@@ -47,29 +38,6 @@ class Claim(eqx.Module):
         if self.distance is None:
             return None
         return jnp.asarray(self.distance, vs.real_dtype(y)) ** 2 * (1 + dot(y, y))
-
-
-def claim_of(solver: Any, condition: AbstractCondition[Any, Any]) -> Claim | None:
-    """What `solver` claims by reporting success; `None` if nothing is to be tested.
-
-    Only optimistix's own solvers are held to a distance, and `FIRE` to having found a
-    minimum: a callable has claimed nothing, and the other solvers of this package
-    measure what they claim.
-    """
-    theirs = type(solver).__module__.partition(".")[0] == "optimistix"
-    distance = None
-    if theirs and not isinstance(solver, _MEASURED):
-        distance = _largest(_SLACK * solver.rtol, _SLACK * solver.atol, _DIGITS)
-    extremal = isinstance(condition, (Minimum, LeastSquares))
-    minimum = extremal and (theirs or isinstance(solver, FIRE))
-    claims = distance is not None or minimum
-    return Claim(distance, minimum) if claims else None
-
-
-def _largest(*values: Any) -> Any:
-    if all(isinstance(value, float) for value in values):
-        return max(values)
-    return functools.reduce(jnp.maximum, values)
 
 
 def is_saddle(y: PyTree[Array], mv: Callable[[Any], PyTree[Array]]) -> Bool[Array, ""]:

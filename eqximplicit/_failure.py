@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int
 
+from ._lanes import over_lanes
 from ._solution import RESULTS, Solution
 
 
@@ -73,18 +73,8 @@ def solve_errors() -> Generator[None, None, None]:
         raise SolveError(said[0]) from None
 
 
-@custom_vmap
-def _worst_lane(code: Int[Array, ""]) -> Int[Array, ""]:
-    """The largest code of all lanes, the failure of a batch; success for no lanes."""
-    return code
-
-
-@_worst_lane.def_vmap
-def _worst_lane_vmap(
-    axis_size: Any, in_batched: list[bool], code: Int[Array, " lanes"]
-) -> tuple[Int[Array, ""], bool]:
-    del axis_size, in_batched
-    return _worst_lane(jnp.max(code, axis=0, initial=0)), False
+# The largest code of a batch, a failure if there is one; success for no lanes.
+_worst_lane = over_lanes(functools.partial(jnp.max, initial=0))
 
 
 def _value(code: Array) -> int | None:

@@ -25,7 +25,15 @@ from ._claim import Claim
 from ._condition import AbstractCondition, hoist, Root
 from ._custom_types import LinearSolver, PyTree
 from ._linear import differentiable_linear_solve, LinearRule
-from ._primitives import attach, flatten, Leaves, Moving, Structure, Tangent
+from ._primitives import (
+    attach,
+    flatten,
+    Leaves,
+    Moving,
+    pushed_forward,
+    Structure,
+    Tangent,
+)
 from ._state import (
     as_arrays,
     as_state,
@@ -40,20 +48,6 @@ from .linear_solvers import AutoLinearSolver
 
 Y = TypeVar("Y")
 Args = TypeVar("Args")
-
-
-def _theta_tangent(
-    residual: Callable[[Any], PyTree[Array]], theta: Leaves, moving: Moving, t: Leaves
-) -> PyTree[Array]:
-    """The term `∂F/∂θ · θ̇` at fixed `y`, of the leaves of `θ` that move."""
-
-    def residual_of(moved: Leaves) -> PyTree[Array]:
-        new = iter(moved)
-        pairs = zip(theta, moving, strict=True)
-        return residual([next(new) if moves else leaf for leaf, moves in pairs])
-
-    at = [leaf for leaf, moves in zip(theta, moving, strict=True) if moves]
-    return jax.jvp(residual_of, (at,), (list(t),))[1]
 
 
 class _Attachment(eqx.Module):
@@ -90,13 +84,9 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
             return to_real(out, dtype)
 
         aux, real_at = attached.aux, to_real(at, dtype)
-        t_residual = _theta_tangent(
-            lambda leaves: residual((leaves, aux), real_at),
-            theta_leaves,
-            moving,
-            t_moving,
-        )
-        vector = jtu.tree_map(jax.lax.neg, t_residual)  # -∂F/∂θ · θ̇
+        at_y = lambda leaves: residual((leaves, aux), real_at)
+        t_residual = pushed_forward(at_y, theta_leaves, moving, t_moving)  # ∂F/∂θ · θ̇
+        vector = jtu.tree_map(jax.lax.neg, t_residual)
         coefficients = list(theta_leaves), aux
         t_y = differentiable_linear_solve(
             residual, coefficients, real_at, vector, attached.rule, attached.claim

@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Int
 
 from ._condition import AbstractCondition
 from ._custom_types import PyTree
+from ._lanes import any_lane
 from ._monitor import Monitor, Watch
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
-from .linear_solvers._residual import any_lane
 from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened
 
 # A solve that has become NaN is noticed after at most this many further steps.
@@ -169,7 +169,7 @@ def iterate(
 
 def _opened(run: Run, y: PyTree[Array]) -> Opened | None:
     solver, fn = run.solver, run.fn
-    if not isinstance(solver, AbstractOpening) or fn.must_vanish:
+    if not isinstance(solver, AbstractOpening):
         return None
     if run.max_steps is not None and run.max_steps < LEAST_BUDGET:
         return None

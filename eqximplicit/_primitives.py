@@ -118,6 +118,20 @@ def _split(leaves: Sequence[Any], sizes: tuple[int, int]) -> tuple[list[Any], ..
     return list(leaves[:first]), list(leaves[first:second]), list(leaves[second:])
 
 
+def pushed_forward(
+    fn: Callable[[Leaves], Any], leaves: Leaves, moving: Moving, t_moving: Leaves
+) -> Any:
+    """The tangent of `fn(leaves)` along the tangents of those leaves that move."""
+
+    def of_moving(moved: Leaves) -> Any:
+        new = iter(moved)
+        pairs = zip(leaves, moving, strict=True)
+        return fn([next(new) if moves else leaf for leaf, moves in pairs])
+
+    at = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+    return jax.jvp(of_moving, (at,), (list(t_moving),))[1]
+
+
 def _moves(tangent: Any) -> bool:
     return type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0
 
@@ -205,33 +219,16 @@ def _solve_jvp(
     factors, coefficients, vector = _split(primals, sizes)
     _, t_coefficients, t_vector = _split(tangents, sizes)
     x = linear_solve(factors, coefficients, vector, system)
-    moving = [_moves(t) for t in t_coefficients]
+    moving = tuple(map(_moves, t_coefficients))
     if not any(moving) and not any(map(_moves, t_vector)):
         return x, _zeros(x)
     t_b = [ad.instantiate_zeros(t) for t in t_vector]  # ḃ
     if any(moving):  # - Ȧ x
-        drift = _drift(coefficients, t_coefficients, moving, x, system)
+        along = [t for t in t_coefficients if _moves(t)]
+        image = lambda c: system.image(c, x)
+        drift = pushed_forward(image, coefficients, moving, along)
         t_b = [a - b for a, b in zip(t_b, drift, strict=True)]
     return x, linear_solve(factors, coefficients, t_b, system)
-
-
-def _drift(
-    coefficients: Leaves,
-    t_coefficients: Sequence[Any],
-    moving: Sequence[bool],
-    x: Leaves,
-    system: LinearSystem,
-) -> Leaves:
-    """The term `Ȧ x`: how the image of `x` changes with the coefficients."""
-
-    def image(moved: Leaves) -> Leaves:
-        new = iter(moved)
-        pairs = zip(coefficients, moving, strict=True)
-        return system.image([next(new) if moves else c for c, moves in pairs], x)
-
-    at = [c for c, moves in zip(coefficients, moving, strict=True) if moves]
-    along = [t for t, moves in zip(t_coefficients, moving, strict=True) if moves]
-    return jax.jvp(image, (at,), (along,))[1]
 
 
 def _solve_transpose(

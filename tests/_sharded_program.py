@@ -187,6 +187,31 @@ def mapped(solver, linear_solver):
     )
 
 
+def small_states():
+    """The largest entry by which mapped and plain gradients of two unknowns differ."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    matrix, x = jnp.array([[0.3, 0.1], [-0.2, 0.4]]), data()[1][:16, :2]
+    image = lambda y, a: a[0] @ jnp.tanh(y) + a[1]
+    conditions = eqi.FixedPoint(image), eqi.Root(lambda y, a: y - image(y, a))
+
+    def gap(condition):
+        layer = eqi.ImplicitFunction(condition, throw=False)
+
+        def total(w, x):
+            return jnp.sum(jax.vmap(lambda x: layer(jnp.zeros(2), (w, x)))(x))
+
+        def mapped_total(w):
+            fn = lambda w, x: jax.lax.psum(total(w, x), "d")
+            specs = {"in_specs": (P(), P("d")), "out_specs": P()}
+            return jax.shard_map(fn, mesh=mesh, check_vma=False, **specs)(w, x)
+
+        mapped_gradient = jax.jit(jax.grad(mapped_total))(matrix)
+        plain = jax.jit(jax.grad(lambda w: total(w, x)))(matrix)
+        return float(jnp.max(jnp.abs(mapped_gradient - plain)))
+
+    return [gap(condition) for condition in conditions]
+
+
 def checked_mapping():
     """What `shard_map` says with its check of varying values on, or `None`."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -297,6 +322,7 @@ def main():
     report["two_devices"] = jitted(eqi.Anderson(**TOL), KRYLOV, devices=2)
     report["waiting"] = waiting()
     report["checked_mapping"] = checked_mapping()
+    report["small_states"] = small_states()
     report["host_calls"] = {str(t): host_calls(t) for t in (False, True)}
     print(json.dumps(report))
 

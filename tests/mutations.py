@@ -49,9 +49,9 @@ MUTANTS = [
     ),
     Mutant(
         "value in place of its tangent",
-        "_implicit.py",
-        "return jax.jvp(residual_of, (at,), (list(t),))[1]",
-        "return jax.jvp(residual_of, (at,), (list(t),))[0]",
+        "_primitives.py",
+        "return jax.jvp(of_moving, (at,), (list(t_moving),))[1]",
+        "return jax.jvp(of_moving, (at,), (list(t_moving),))[0]",
         FIRST,
     ),
     Mutant(

@@ -629,3 +629,21 @@ def test_unreachable_tolerance_is_a_failure_not_an_answer():
 def test_solvers_are_pytrees_without_arrays():
     for solver in (AutoLinearSolver(), Neumann(3), HybridKrylov()):
         assert not any(eqx.is_array(leaf) for leaf in jtu.tree_leaves(solver))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio"), [(np.float32, 1e4), (np.float64, 1e8)], ids=["f32", "f64"]
+)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_lu_does_not_mind_the_scale_of_a_row(n, dtype, ratio):
+    rng = np.random.default_rng(n)
+    rows = np.geomspace(ratio, 1 / ratio, n)
+    matrix, x = rng.normal(size=(n, n)) + 3 * np.eye(n), rng.normal(size=n)
+    scaled = (rows[:, None] * matrix).astype(dtype)
+    operator = lx.MatrixLinearOperator(jnp.asarray(scaled))
+    solver = DirectLU()
+    state = solver.init(operator, {})
+    found, result, _ = solver.compute(state, jnp.asarray(scaled @ x.astype(dtype)), {})
+    assert bool(result == lx.RESULTS.successful)
+    exact = np.linalg.solve(scaled.astype(float), scaled @ x.astype(dtype))
+    np.testing.assert_allclose(found, exact, rtol=1e3 * np.finfo(dtype).eps)

@@ -105,6 +105,11 @@ def test_independent_lanes_do_not_wait_for_each_other(report):
     assert waiting["together"] == max(steps)
 
 
+def test_closed_forms_of_small_states_are_right_inside_shard_map(report):
+    assert len(report["small_states"]) == 2
+    assert max(report["small_states"]) < 1e-12
+
+
 def test_the_check_of_varying_values_refuses_a_layer_while_tracing(report):
     # What `docs/scale_out.md` explains. Once this fails, `check_vma` may stay on.
     assert "manual axis types do not match" in report["checked_mapping"]

@@ -6,6 +6,7 @@ from it, are iterations of the same loop in which the product is taken of `x`.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -64,6 +65,14 @@ def start(system: System, x: Vector | None) -> Iterate:
     return Iterate(x, r, dot(r, r), jnp.asarray(1))
 
 
+class Found(NamedTuple):
+    """An approximate solution, its squared residual norm, the products so far."""
+
+    x: Vector
+    rr: Float[Array, ""]
+    steps: Int[Array, ""]
+
+
 class _Picard(eqx.Module):
     """Two iterates in a row, of which the residual of the first is known."""
 
@@ -78,11 +87,11 @@ def picard(
     system: System,
     warm: Vector | None,
     goes_on: Callable[[Float[Array, ""], Float[Array, ""]], Bool[Array, ""]],
-) -> Iterate:
+) -> Found:
     r"""Iterates `x ← x + M (b - A x)` as long as `goes_on(rr, rr_before)`.
 
     The residual is that of `x` itself, never a recurrence, and costs no product of its
-    own: that of `x` yields the next iterate. In the iterate returned, `r` is `M r`.
+    own: that of `x` yields the next iterate.
     """
     first = start(system, warm)
 
@@ -99,7 +108,7 @@ def picard(
     infinite = jnp.full_like(first.rr, jnp.inf)
     begun = _Picard(first.x, ahead, first.rr, infinite, first.steps)
     last = jax.lax.while_loop(unfinished, step, begun)
-    return Iterate(last.x, minus(last.ahead, last.x), last.rr, last.steps)
+    return Found(last.x, last.rr, last.steps)
 
 
 def contracts(rr: Float[Array, ""], before: Float[Array, ""]) -> Bool[Array, ""]:

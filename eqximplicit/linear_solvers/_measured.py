@@ -72,8 +72,10 @@ def measured(
     `‖b - A x‖ <= rtol ‖b‖ + atol` in the Euclidean norm; a NaN on either side fails the
     comparison. A zero `b` has the answer zero. If not `regular`, it has failed.
     """
-    good = within(rr, bb, rtol, atol)
-    return _answer(x, rr, bb, good, regular, failure, stats)
+    # Where `b` is zero, so is the answer, whatever `x` is.
+    residual_norm = lax.sqrt(lax.select(bb == 0, lax.full_like(rr, 0), rr))
+    stats = {"residual_norm": residual_norm, **stats}
+    return _answer(x, bb, within(rr, bb, rtol, atol), regular, failure, stats)
 
 
 def approximate(
@@ -90,12 +92,11 @@ def approximate(
     """
     bb, good = dot(vector, vector), jnp.isfinite(dot(x, x))
     stats = {"residual_norm": residual_norm, **stats}
-    return _answer(x, bb, bb, good, regular, lx.RESULTS.singular, stats)
+    return _answer(x, bb, good, regular, lx.RESULTS.singular, stats)
 
 
 def _answer(
     x: PyTree[Array],
-    rr: Float[Array, ""],
     bb: Float[Array, ""],
     good: Bool[Array, ""],
     regular: Bool[Array, ""] | None,
@@ -109,5 +110,4 @@ def _answer(
         good = lax.bitwise_and(good, regular)
         result = lx.RESULTS.where(regular, result, lx.RESULTS.singular)
     result = lx.RESULTS.where(good, lx.RESULTS.successful, result)
-    residual_norm = lax.sqrt(lax.select(asked, rr, lax.full_like(rr, 0)))
-    return Measured(x, asked, good, result, {"residual_norm": residual_norm, **stats})
+    return Measured(x, asked, good, result, stats)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
@@ -61,38 +60,6 @@ def where(pred: Bool[Array, ""], x: T, y: T) -> T:
 def zeros_like(x: T) -> T:
     """The zero vector."""
     return jtu.tree_map(lambda leaf: lax.full_like(leaf, 0), x)
-
-
-@custom_vmap
-def any_lane(pred: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether `pred` holds in any lane of all enclosing `jax.vmap`s.
-
-    A `lax.cond` on it stays a branch under `vmap`, where one on `pred` would run both
-    sides for every lane. Both branches must then be right for every lane.
-    """
-    return pred
-
-
-@any_lane.def_vmap
-def _any_lane_vmap(
-    axis_size: Any, in_batched: list[bool], pred: Bool[Array, " lanes"]
-) -> tuple[Bool[Array, ""], bool]:
-    del axis_size, in_batched
-    return any_lane(jnp.any(pred, axis=0)), False
-
-
-@custom_vmap
-def max_lane(value: Float[Array, ""]) -> Float[Array, ""]:
-    """The largest value in all lanes of all enclosing `jax.vmap`s."""
-    return value
-
-
-@max_lane.def_vmap
-def _max_lane_vmap(
-    axis_size: Any, in_batched: list[bool], value: Float[Array, " lanes"]
-) -> tuple[Float[Array, ""], bool]:
-    del axis_size, in_batched
-    return max_lane(jnp.max(value, axis=0, initial=-jnp.inf)), False
 
 
 def epsilon(x: PyTree[Any]) -> float:

@@ -11,8 +11,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
+from .._lanes import any_lane
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
-from ._residual import any_lane, check_bytes, dot, epsilon, norm, structure
+from ._residual import check_bytes, dot, epsilon, norm, structure
 from ._small import dense, inverse, LARGEST, small_solution, small_state, SmallState
 
 # A solution keeps about a third of its digits when the condition number is eps^(-2/3).

@@ -12,11 +12,13 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import LinearSolver, PyTree
+from .._lanes import any_lane
 from .._state import known
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
     contracts,
+    Found,
     Iterate,
     picard,
     start,
@@ -24,10 +26,8 @@ from ._iterations import (
 )
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import (
-    any_lane,
     dot,
     epsilon,
-    minus,
     require_like,
     scale,
     size,
@@ -180,6 +180,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
     ) -> _Outcome:
         system = self._system(state, vector, options)
+        it: Iterate | Found
         if state.symmetric:
             it = conjugate_gradient(system, start(system, options.get("y0")))
         else:
@@ -202,13 +203,11 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
 
         return jax.lax.cond(any_lane(need), directly, lambda: first)
 
-    def _continue(self, system: System, it: Iterate) -> _Outcome:
+    def _continue(self, system: System, it: Iterate | Found) -> _Outcome:
         system = dataclasses.replace(system, max_steps=2 * self.max_steps)
-        restart = min(self.restart, size(system.b))
-        it, no = (
-            conjugate_residual(system, _sane(system, it), restart),
-            jnp.asarray(False),
-        )
+        restart, no = min(self.restart, size(system.b)), jnp.asarray(False)
+        first = it if isinstance(it, Iterate) else _resumed(system, it)
+        it = conjugate_residual(system, first, restart)
         return _Outcome(it.x, it.rr, it.steps, no, no)
 
     def _solve_lane_or_columns(
@@ -248,12 +247,11 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         return solve(arrays, vector)
 
 
-def _sane(system: System, it: Iterate) -> Iterate:
-    """The iterate with its residual; zero instead, if that is better."""
-    better = it.rr <= system.bb
-    x = where(better, it.x, zeros_like(it.x))
-    r = minus(system.b, system.mv(x))
-    return Iterate(x, r, dot(r, r), it.steps + 1)
+def _resumed(system: System, found: Found) -> Iterate:
+    """Where Picard iteration has ended; or zero, where that is better."""
+    x = where(found.rr <= system.bb, found.x, zeros_like(found.x))
+    it = start(system, x)
+    return dataclasses.replace(it, steps=it.steps + found.steps)
 
 
 def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -> Any:

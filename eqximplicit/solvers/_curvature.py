@@ -70,15 +70,14 @@ def _lanczos(hvp: Hvp, y: Any) -> Float[Array, " k"]:
         inverse = jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, new_beta))
         return (q, vs.scaled(inverse, w), new_beta), (alpha, new_beta)
 
-    start = unit_random(y, dtype)
+    start = _unit_random(y, dtype)
     carry = (vs.zeros_like(y), start, zero)
     _, (alphas, betas) = jax.lax.scan(body, carry, None, length=LANCZOS_STEPS)
     off = jnp.diag(betas[:-1], 1)
     return jnp.linalg.eigvalsh(jnp.diag(alphas) + off + off.T)
 
 
-def unit_random(y: Any, dtype: jnp.dtype) -> Any:
-    """Returns a vector of length one like `y`, the same in every call."""
+def _unit_random(y: Any, dtype: jnp.dtype) -> Any:
     leaves, structure = jtu.tree_flatten(y)
     keys = jr.split(jr.key(0), len(leaves))
     noise = [

@@ -18,8 +18,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
+from .._lanes import max_lane
 from ..linear_solvers import _small as small
-from ..linear_solvers._residual import max_lane
 from . import _vector_space as vs
 from ._verdict import Tolerance
 
@@ -32,6 +32,7 @@ DIGIT, ROUNDINGS = 0.1, 16.0
 # Newton's method is given so many steps. Near a root it needs five; a step that goes up
 # first, as many do, costs less than to watch for it in each of 10 000 lanes.
 NEWTON_STEPS = 16
+# So many times farther away than the start from the origin, a root is another matter.
 _FAR = 100.0
 # A budget below this is not shared with an opening.
 LEAST_BUDGET = 2 * NEWTON_STEPS
@@ -138,7 +139,7 @@ def picard(
 def _target(tolerance: Tolerance, eps: float) -> float:
     """The part of the tolerance that is aimed at: a digit more, where there is one.
 
-    A robust solver overshoots its tolerance by as much, and a plain step is cheap.
+    A plain step is cheap, and a result that just meets its tolerance surprises.
     """
     known = isinstance(tolerance.rtol, float) and isinstance(tolerance.atol, float)
     if not known or max(tolerance.rtol, tolerance.atol) == 0.0:
@@ -161,7 +162,6 @@ def small_newton(
     args: Any,
     aux: Any,
     atol: float,
-    max_steps: int | None,
 ) -> Opened:
     """Newton's method for at most three unknowns, in closed form.
 
@@ -170,7 +170,6 @@ def small_newton(
     they are: that is cheaper than to choose lane by lane for everything in the loop.
     """
     arrays, static = eqx.partition(aux, eqx.is_array)
-    del max_steps
     struct = jax.eval_shape(lambda: y)
 
     def unfinished(c: _Newton) -> Bool[Array, ""]:

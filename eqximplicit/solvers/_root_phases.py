@@ -10,6 +10,9 @@ There are three ways to propose a trial point, and one record of progress:
   decrease is slow, and for a restart at a stationary point of the norm.
 - **Restart.** Two Newton steps of bounded length out of the stationary point, to either
   side of it, then damped again, with the other scaling of the unknowns.
+
+Every record here is of numbers, flags are 0 or 1, and the rules are elementwise
+(`_packed.py`).
 """
 
 import dataclasses
@@ -34,8 +37,6 @@ _FIRST_RADIUS = 0.1
 _STATIONARY = 1e-3
 # Longest Newton step, in units of |y|: ordinarily, and the lengths of the restarts.
 _LONGEST, _RESTART_SHORT, _RESTART_LONG = 100.0, 1.0, 10.0
-
-
 # `|J| |d| / |F|` above this fraction of 1/eps: the Jacobian is singular.
 _REGULAR = 0.01
 

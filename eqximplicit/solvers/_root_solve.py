@@ -4,10 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-
-def _cross_rows(m: Float[Array, "3 3"]) -> Float[Array, "3 3"]:
-    a, b, c = m[:, 0], m[:, 1], m[:, 2]
-    return jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)])
+from ..linear_solvers import _small as small
 
 
 def solve_square(
@@ -18,16 +15,9 @@ def solve_square(
     Up to `n = 3` it is Cramer's rule, which is arithmetic on whole batches under
     `jax.vmap`, many times faster there than a batch of small LU factorisations.
     """
-    n = vector.size
-    if n == 1:
-        return vector / matrix[0]
-    if n == 2:
-        (a, b), (c, d) = matrix
-        top, bottom = d * vector[0] - b * vector[1], a * vector[1] - c * vector[0]
-        return jnp.stack([top, bottom]) / (a * d - b * c)
-    if n == 3:
-        adjugate = _cross_rows(matrix)
-        return adjugate @ vector / jnp.dot(adjugate[0], matrix[:, 0])
+    if vector.size <= small.LARGEST:
+        rows = [list(row) for row in matrix]
+        return small.from_entries(small.solve(rows, list(vector)), vector)
     # By QR: the pivots of an LU are applied in a loop that takes longer to compile than
     # everything else here. It is differentiable by itself.
     q, r = jnp.linalg.qr(matrix)

@@ -23,10 +23,15 @@ FADE = 0.5  # per step, of the error per residual that an older secant has shown
 
 def check_tolerances(name: str, rtol: Any, atol: Any) -> None:
     """Refuses a negative tolerance, and warns of one that no state can reach."""
-    for field, value in (("rtol", rtol), ("atol", atol)):
+    refuse_negative(name, rtol=rtol, atol=atol)
+    warn_if_unreachable(name, rtol, atol, float(jnp.finfo(jnp.result_type(float)).eps))
+
+
+def refuse_negative(name: str, **tolerances: Any) -> None:
+    """Refuses a negative or NaN number, by its name; what is no number passes."""
+    for field, value in tolerances.items():
         if isinstance(value, (int, float)) and not value >= 0:
             raise ValueError(f"`{name}({field}=...)` must be at least 0; got {value}.")
-    warn_if_unreachable(name, rtol, atol, float(jnp.finfo(jnp.result_type(float)).eps))
 
 
 def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .._solution import as_results, RESULTS
+from ._verdict import refuse_negative
 
 LOGGER = logging.getLogger("eqximplicit")
 
@@ -267,12 +268,6 @@ def _require_scipy(name: str) -> None:
         ) from error
 
 
-def _check_tolerances(name: str, **tolerances: float | None) -> None:
-    for field, value in tolerances.items():
-        if value is not None and not value >= 0:
-            raise ValueError(f"`{name}({field}=...)` must be at least 0; got {value}.")
-
-
 def _optimize() -> Any:
     return importlib.import_module("scipy.optimize")
 
@@ -331,7 +326,7 @@ class ScipyRoot(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyRoot")
-        _check_tolerances("ScipyRoot", tol=self.tol, residual_tol=self.residual_tol)
+        refuse_negative("ScipyRoot", tol=self.tol, residual_tol=self.residual_tol)
 
     def solve(
         self, fn: Callable[[Any, Any], Any], y0: Any, args: Any
@@ -382,7 +377,7 @@ class ScipyFixedPoint(AbstractHostSolver):
     def __check_init__(self) -> None:
         _require_scipy("ScipyFixedPoint")
         tolerances = {"tol": self.tol, "residual_tol": self.residual_tol}
-        _check_tolerances("ScipyFixedPoint", **tolerances)
+        refuse_negative("ScipyFixedPoint", **tolerances)
 
     def solve(
         self, fn: Callable[[Any, Any], Any], y0: Any, args: Any
@@ -438,7 +433,7 @@ class ScipyMinimize(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyMinimize")
-        _check_tolerances("ScipyMinimize", tol=self.tol)
+        refuse_negative("ScipyMinimize", tol=self.tol)
 
     def solve(
         self, fn: Callable[[Any, Any], Any], y0: Any, args: Any

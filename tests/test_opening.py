@@ -1,0 +1,133 @@
+"""Default solvers open with the plain method: what that costs, and what it must not."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+from fixed_point_maps import MAPS
+
+import eqximplicit as eqi
+
+# What an opening in vain has cost at most on the fourteen maps, in evaluations. Of the
+# others the opening has brought the solver closer.
+IN_VAIN = 7
+
+
+def quiet(condition, **kwargs):
+    return eqi.ImplicitFunction(condition, throw=False, **kwargs)
+
+
+def test_a_good_contraction_is_solved_by_plain_iteration():
+    fn = lambda y, a: 0.2 * jnp.cos(y) + a
+    solution = eqi.fixed_point(fn, jnp.zeros(5), 0.3)
+    y, steps = np.zeros(5), 0
+    while np.max(np.abs(0.2 * np.cos(y) + 0.3 - y)) > 1e-9:
+        y, steps = 0.2 * np.cos(y) + 0.3, steps + 1
+    np.testing.assert_allclose(solution.value, y, atol=1e-9)
+    # It measures the last iterate as well, and stops on the error, not the residual.
+    assert abs(int(solution.stats["num_steps"]) - (steps + 1)) <= 1
+
+
+def test_the_result_is_a_digit_better_than_the_tolerance():
+    fn = lambda y, a: 0.3 * y + a
+    solution = eqi.fixed_point(fn, jnp.zeros(3), 1.0)
+    np.testing.assert_allclose(solution.value, 1 / 0.7, rtol=2e-9)
+
+
+@pytest.fixture(scope="module")
+def evaluations():
+    """Of a layer and of the solver alone, by the name of the map."""
+
+    @eqx.filter_jit
+    def both(fn, y0, args):
+        layer = quiet(eqi.FixedPoint(fn), max_steps=2000).solve(y0, args)
+        alone = optx.fixed_point(
+            fn, eqi.AutoFixedPoint(), y0, args, max_steps=2000, throw=False
+        )
+        ok = layer.result == eqi.RESULTS.successful
+        return ok, layer.stats["num_steps"], alone.stats["num_steps"]
+
+    found = {}
+    for p in MAPS:
+        y0, args = jax.tree.map(jnp.asarray, (p.y0, p.args))
+        found[p.name] = [int(x) for x in both(p.fn, y0, args)]
+    return found
+
+
+@pytest.mark.slow
+def test_an_opening_in_vain_costs_a_few_evaluations(evaluations):
+    assert all(ok for ok, _, _ in evaluations.values())
+    more = {name: layer - alone for name, (_, layer, alone) in evaluations.items()}
+    assert max(more.values()) <= IN_VAIN, more
+
+
+def vanishes_at_infinity(y, a):
+    del a
+    return 1 / (1 + y**2) - 2 / (1 + y**4)
+
+
+def test_a_residual_that_vanishes_at_infinity_is_no_root():
+    # y⁴ - 2 y² - 1 = 0
+    root = np.sqrt(1 + np.sqrt(2))
+    found = quiet(eqi.Root(vanishes_at_infinity)).solve(jnp.array(1e-8))
+    np.testing.assert_allclose(np.abs(found.value), root, atol=1e-8)
+
+
+def hard_or_easy(y, t):
+    """The root `exp(t)` for `t > 0`, else that of a cubic where Newton wanders."""
+    return jnp.where(t > 0, jnp.log(y) - t, y**3 - 2 * (y - 9.0) + 2)
+
+
+def test_a_lane_is_solved_as_if_it_were_alone():
+    layer = quiet(eqi.Root(hard_or_easy), max_steps=40)
+    solve = jax.jit(jax.vmap(lambda t: layer(jnp.array(9.0), t)))
+    alone, beside = solve(jnp.array([1.0])), solve(jnp.array([1.0, -1.0]))
+    np.testing.assert_allclose(alone[0], np.e, atol=1e-8)
+    assert beside[0] == alone[0]
+
+
+def test_a_lane_that_is_not_finite_leaves_its_neighbours_alone():
+    matrix = np.array([[0.0, 0.3], [-0.3, 0.0]])
+    fn = lambda y, a: y + y**3 + jnp.asarray(matrix) @ y - a
+    layer = quiet(eqi.Root(fn))
+    a = jnp.array([[1.0, 2.0], [jnp.nan, 1.0], [0.5, -1.0]])
+    both = jax.jit(jax.vmap(jax.value_and_grad(lambda a: layer(jnp.zeros(2), a).sum())))
+    _, gradient = both(a)
+    y = jax.jit(jax.vmap(lambda a: layer(jnp.zeros(2), a)))(a)
+    assert np.isnan(gradient[1]).all()
+    for lane in (0, 2):
+        jacobian = np.diag(1 + 3 * np.asarray(y[lane]) ** 2) + matrix
+        exact = np.linalg.solve(jacobian.T, np.ones(2))
+        np.testing.assert_allclose(gradient[lane], exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("find", "fn", "y0"),
+    [
+        (eqi.root_find, lambda y, a: (y**3 - a, 10 * y), 3.0),
+        (eqi.fixed_point, lambda y, a: (0.1 * jnp.cos(y) + a, 10 * y), 0.3),
+    ],
+    ids=["root", "fixed point"],
+)
+def test_few_steps_keep_their_progress_and_its_aux(find, fn, y0):
+    found = find(fn, y0, 0.1, max_steps=3, throw=False, has_aux=True)
+    np.testing.assert_allclose(found.aux, 10 * found.value, rtol=1e-12)
+    residual = lambda y: np.abs(fn(y, 0.1)[0] - (y if find is eqi.fixed_point else 0))
+    assert residual(found.value) < 0.5 * residual(y0)
+
+
+def test_unrolled_derivative_has_no_opening():
+    # Seven steps of Newton's method by hand, and their derivative.
+    def by_hand(a):
+        y = 1.5
+        for _ in range(7):
+            y = y - (y**3 - a) / (3 * y**2)
+        return y
+
+    layer = eqi.ImplicitFunction(
+        eqi.Root(lambda y, a: y**3 - a), adjoint=eqi.UnrolledAdjoint(), max_steps=64
+    )
+    slope = jax.jit(jax.grad(lambda a: layer(jnp.array(1.5), a)))(2.0)
+    np.testing.assert_allclose(slope, jax.grad(by_hand)(2.0), rtol=1e-6)
