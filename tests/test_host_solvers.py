@@ -11,7 +11,7 @@ import pytest
 import scipy.optimize
 
 import eqximplicit as eqi
-import eqximplicit.solvers.host as host
+import eqximplicit.solvers as host
 from eqximplicit._solution import RESULTS
 
 A = np.array([[3.0, 1.0], [0.0, 2.0]])

@@ -1,3 +1,4 @@
+from ._on_host import AbstractHostSolver as AbstractHostSolver
 from .anderson import Anderson as Anderson
 from .auto_fixed_point import AutoFixedPoint as AutoFixedPoint
 from .auto_least_squares import AutoLeastSquares as AutoLeastSquares
@@ -5,9 +6,8 @@ from .auto_minimiser import AutoMinimiser as AutoMinimiser
 from .auto_root_finder import AutoRootFinder as AutoRootFinder
 from .broyden import Broyden as Broyden
 from .fire import FIRE as FIRE
-from .host import (
-    AbstractHostSolver as AbstractHostSolver,
-    HostSolver as HostSolver,
+from .host import HostSolver as HostSolver
+from .scipy_solvers import (
     ScipyFixedPoint as ScipyFixedPoint,
     ScipyMinimize as ScipyMinimize,
     ScipyRoot as ScipyRoot,
