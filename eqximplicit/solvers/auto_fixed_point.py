@@ -66,8 +66,8 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
     r"""The default fixed-point solver: a safeguarded combination of three methods.
 
     A step is one evaluation of `fn`. A layer opens with plain iteration from `y0`, as
-    long as that halves the residual in each step (`optimistix.fixed_point` does not);
-    where it does not, that has cost two to five evaluations.
+    long as that halves the residual per step on average; where it does not, that has
+    cost up to seven evaluations. `optimistix.fixed_point` opens with nothing.
 
     1. *Anderson acceleration* over the last `window` secant pairs. Each pair is
        believed as far as the last prediction of the residual was right at the distance
