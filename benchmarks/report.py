@@ -270,7 +270,7 @@ whole Jacobian), *forward* the solution alone, *first call* trace, lowering and
 compilation of the gradient. Each contestant's derivative is first compared with a NumPy
 program in float64; all are asked for the same tolerances, none of them raises
 (`throw=False`). `eqximplicit` has the default solvers, `eqximplicit, matched` is given
-the algorithm of the code by hand (for small roots and in iMAML both are one). Where
+the algorithm of the code by hand (in iMAML both are one). Where
 jaxopt has no solver for a problem (small roots, iMAML), its `custom_root` is around the
 solver by hand.
 

@@ -358,8 +358,8 @@ def small_roots(dims: int) -> Workload:
     a = jnp.asarray(np.random.default_rng(dims).normal(scale=2.0, size=shape))
     y0, tol = jnp.zeros(shape[1:]), 1e-9
     newton = optx.Newton(rtol=tol, atol=tol)
-    # It opens with Newton's method in closed form, the algorithm of the code by hand.
     default = eqi.ImplicitFunction(eqi.Root(small_residual), throw=False)
+    matched = eqi.ImplicitFunction(eqi.Root(small_residual), newton, throw=False)
 
     def optimistix(a: Any) -> Any:
         return optx.root_find(small_residual, newton, y0, a, throw=False).value
@@ -376,6 +376,7 @@ def small_roots(dims: int) -> Workload:
 
     solves = {
         OURS: jax.vmap(layer_call(default, y0)),
+        MATCHED: jax.vmap(layer_call(matched, y0)),
         BY_HAND: small_by_hand(dims),
         "optimistix": jax.vmap(optimistix),
         "jaxopt, Newton by hand": jax.vmap(lambda a: with_jaxopt(None, a)),

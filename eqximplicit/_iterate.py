@@ -22,6 +22,7 @@ from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
 from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened
+from .solvers._small_newton import is_closed_form, small_newton
 
 # A solve that has become NaN is noticed after at most this many further steps.
 _FINITE_CHECK_EVERY = 4096
@@ -159,12 +160,27 @@ def iterate(
     y = to_real(y0, real_dtype(y0))
     watch = _watch(monitor, fn, args, max_steps)
     run = Run(solver, fn, args, options, max_steps, watch)
-    opened = None
-    if watch is None and while_loop is lax_while_loop:
-        opened = _opened(run, y)
+    plain = watch is None and while_loop is lax_while_loop
+    if plain and is_closed_form(solver, y, options):
+        return _in_closed_form(run, y)
+    opened = _opened(run, y) if plain else None
     if opened is None:
         return _iterated(run, y, jnp.zeros((), int), while_loop)
     return _continued(run, opened)
+
+
+def _blank_aux(run: Run, y: PyTree[Array]) -> Any:
+    """Zeros like the auxiliary output of the function."""
+    return filled(run.fn.out_struct(y, run.args)[1], 0)
+
+
+def _in_closed_form(run: Run, y: PyTree[Array]) -> Outcome:
+    aux = _blank_aux(run, y)
+    found = small_newton(run.solver, run.fn, y, run.args, aux, run.max_steps)
+    value = from_real(found.y, run.fn.like)
+    trusted = jnp.asarray(is_successful(found.result))
+    stats = {"num_steps": found.num_steps}
+    return Outcome(value, found.aux[1], found.result, trusted, stats)
 
 
 def _opened(run: Run, y: PyTree[Array]) -> Opened | None:
@@ -173,8 +189,7 @@ def _opened(run: Run, y: PyTree[Array]) -> Opened | None:
         return None
     if run.max_steps is not None and run.max_steps < LEAST_BUDGET:
         return None
-    aux = filled(fn.out_struct(y, run.args)[1], 0)
-    return solver.opening(fn, y, run.args, aux, run.max_steps)
+    return solver.opening(fn, y, run.args, _blank_aux(run, y), run.max_steps)
 
 
 def _continued(run: Run, opened: Opened) -> Outcome:

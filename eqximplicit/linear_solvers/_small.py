@@ -189,6 +189,9 @@ def _unit(row: Scalars) -> Array | None:
 
 def solve(rows: Rows, b: Scalars) -> Scalars:
     """The solution by Cramer's rule; not finite for a singular matrix."""
+    units = [_unit(row) for row in rows]
+    rows = [_scaled(u, row) for u, row in zip(units, rows, strict=True)]
+    b = [x for u, a in zip(units, b, strict=True) for x in _scaled(u, [a])]
     adjugate, determinant, _ = _cofactors(rows)
     return _scaled(lax.reciprocal(determinant), times(adjugate, b))
 

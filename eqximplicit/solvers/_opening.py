@@ -18,8 +18,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
-from .._lanes import max_lane
-from ..linear_solvers import _small as small
 from . import _vector_space as vs
 from ._verdict import Tolerance
 
@@ -29,13 +27,8 @@ Fn = Callable[[Any, Any], tuple[Any, Any]]
 SLACK, RATE = 2.0, 0.5
 # One digit beyond the tolerance, unless that is below so many roundings.
 DIGIT, ROUNDINGS = 0.1, 16.0
-# Newton's method is given so many steps. Near a root it needs five; a step that goes up
-# first, as many do, costs less than to watch for it in each of 10 000 lanes.
-NEWTON_STEPS = 16
-# So many times farther away than the start from the origin, a root is another matter.
-_FAR = 100.0
 # A budget below this is not shared with an opening.
-LEAST_BUDGET = 2 * NEWTON_STEPS
+LEAST_BUDGET = 32
 
 
 class Opened(eqx.Module):
@@ -146,66 +139,6 @@ def _target(tolerance: Tolerance, eps: float) -> float:
         return 1.0
     floor = ROUNDINGS * eps / max(tolerance.rtol, tolerance.atol)
     return min(max(DIGIT, floor), 1.0)
-
-
-class _Newton(eqx.Module):
-    y: list[Array]  # the entries: under `vmap` a vector each
-    aux: Any
-    residual: Float[Array, ""]  # the largest entry; -1 once that is not finite
-    steps: Int[Array, ""]  # of this lane,
-    shared: Int[Array, ""]  # and of the loop
-
-
-def small_newton(
-    fn: Fn,
-    y: PyTree[Array],
-    args: Any,
-    aux: Any,
-    atol: float,
-) -> Opened:
-    """Newton's method for at most three unknowns, in closed form.
-
-    Until every entry of the residual at `y` is within `atol`. Under `vmap` all lanes
-    are in the loop until the last has left it, and those which are done stay where
-    they are: that is cheaper than to choose lane by lane for everything in the loop.
-    """
-    arrays, static = eqx.partition(aux, eqx.is_array)
-    struct = jax.eval_shape(lambda: y)
-
-    def unfinished(c: _Newton) -> Bool[Array, ""]:
-        return (max_lane(c.residual) > atol) & (c.shared < NEWTON_STEPS)
-
-    def step(c: _Newton) -> _Newton:
-        at = small.from_entries(c.y, struct)
-        out, linear, aux = jax.linearize(lambda y: fn(y, args), at, has_aux=True)
-        f = small.entries(out)
-        largest = small.largest(f)
-        done = largest <= atol
-        moves = small.solve(small.rows_of(linear, struct), f)
-        return _Newton(
-            [jnp.where(done, yi, yi - di) for yi, di in zip(c.y, moves, strict=True)],
-            eqx.filter(aux, eqx.is_array),
-            jnp.where(jnp.isfinite(largest), largest, -1),
-            jnp.where(c.residual > atol, c.steps + 1, c.steps),
-            c.shared + 1,
-        )
-
-    infinite, zero = jnp.asarray(jnp.inf, vs.real_dtype(y)), jnp.zeros((), int)
-    begun = _Newton(small.entries(y), arrays, infinite, zero, zero)
-    c = jax.lax.while_loop(unfinished, step, begun)
-    # A residual may also vanish at infinity: what is far away the robust solver judges.
-    first = small.entries(y)
-    way = [new - old for new, old in zip(c.y, first, strict=True)]
-    near = small.largest(way) <= _FAR * jnp.maximum(small.largest(first), 1)
-    solved = (c.residual >= 0) & (c.residual <= atol) & near
-    stats = {
-        "residual_norm": c.residual,
-        "num_evaluations": c.steps * (1 + vs.size(y)),
-        "num_restarts": jnp.zeros((), int),
-    }
-    start = vs.select(solved, small.from_entries(c.y, struct), y)
-    budget = jnp.asarray(NEWTON_STEPS)
-    return Opened(start, eqx.combine(c.aux, static), solved, c.steps, budget, stats)
 
 
 def chosen(

@@ -13,8 +13,7 @@ from jaxtyping import Array, Bool, Scalar
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from .._solution import as_results, Aux, RESULTS, Y
-from ..linear_solvers._small import is_placed, LARGEST
-from ._opening import AbstractOpening, Opened, small_newton
+from ._opening import AbstractOpening, Opened
 from ._root_dense import DenseState, init_dense, step_dense, why
 from ._root_krylov import (
     init_krylov,
@@ -25,6 +24,7 @@ from ._root_krylov import (
 )
 from ._root_phases import is_over, Limits, read
 from ._root_vector import real_size
+from ._small_newton import is_small, newton_opening
 from ._vector_space import has_complex, one_dtype, real_dtype
 
 _Fn = Callable[[Y, Any], tuple[PyTree[Array], Aux]]
@@ -140,11 +140,9 @@ class AutoRootFinder(
     ) -> Opened | None:
         """Returns the outcome of Newton's method in closed form, for small states."""
         del max_steps  # there are always enough for the few that it takes
-        if real_size(y) > LARGEST or has_complex(y) or not one_dtype(y):
+        if not is_small(y):
             return None
-        if is_placed(jax.eval_shape(lambda: y)):
-            return None
-        return small_newton(fn, y, args, aux, self._limits(y).atol)
+        return newton_opening(fn, y, args, aux, self._limits(y).atol)
 
     def init(
         self,

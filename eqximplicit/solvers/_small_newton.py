@@ -1,0 +1,204 @@
+"""Newton's method for at most three unknowns, in closed form.
+
+Under `jax.vmap` a batch of such systems is a few long vectors and arithmetic on them.
+All lanes are in one loop until the last has left it, and those which are done stay
+where they are: that is cheaper than to choose lane by lane for everything in the loop.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from .._custom_types import PyTree
+from .._lanes import max_lane
+from .._solution import RESULTS, where_result
+from ..linear_solvers import AutoLinearSolver, DirectLU
+from ..linear_solvers import _small as small
+from . import _vector_space as vs
+from ._opening import Fn, LEAST_BUDGET, Opened
+from ._root_vector import real_size
+
+# An opening is given so many steps. Near a root it needs five; a step that goes up
+# first, as many do, costs less than to watch for it in each of 10 000 lanes.
+_STEPS = LEAST_BUDGET // 2
+# So many times farther away than the start from the origin, a root is another matter.
+_FAR = 100.0
+# What is left to be done by a Newton iteration that is over, and why it is.
+_DONE, _SINGULAR, _NONFINITE = 0.0, -1.0, -2.0
+# Linear solvers that are Gaussian elimination or Cramer's rule at this size.
+_DIRECT = (lx.AutoLinearSolver, lx.LU, AutoLinearSolver, DirectLU)
+
+
+def is_small(y: PyTree[Array]) -> bool:
+    """Whether Newton's method for states like `y` is one of scalars."""
+    if not 0 < real_size(y) <= small.LARGEST or vs.has_complex(y):
+        return False
+    return vs.one_dtype(y) and not small.is_placed(jax.eval_shape(lambda: y))
+
+
+class _Seen(NamedTuple):
+    """The function at a point, by entries, and what Newton's step takes off there."""
+
+    f: list[Array]
+    move: list[Array]
+    aux: Any
+
+
+class _Problem(NamedTuple):
+    fn: Fn
+    args: Any
+    struct: Any
+    aux: Any
+
+    def begin(self, y: PyTree[Array], left: Any) -> "_Carry":
+        zero = jnp.zeros((), int)
+        aux = eqx.filter(self.aux, eqx.is_array)
+        return _Carry(small.entries(y), aux, left, zero, zero)
+
+    def whole(self, arrays: Any) -> Any:
+        return eqx.combine(arrays, eqx.filter(self.aux, eqx.is_array, inverse=True))
+
+    def look(self, y: list[Array]) -> _Seen:
+        at = small.from_entries(y, self.struct)
+        out, linear, aux = jax.linearize(
+            lambda y: self.fn(y, self.args), at, has_aux=True
+        )
+        f = small.entries(out)
+        move = small.solve(small.rows_of(linear, self.struct), f)
+        return _Seen(f, move, eqx.filter(aux, eqx.is_array))
+
+
+class _Carry(eqx.Module):
+    y: list[Array]  # the entries: under `vmap` a vector each
+    aux: Any
+    left: Float[Array, ""]  # above a limit in a lane that is not done
+    steps: Int[Array, ""]  # of this lane,
+    shared: Int[Array, ""]  # and of the loop
+
+
+def _loop(
+    step: Callable[[list[Array], Array], tuple[list[Array], Any, Array]],
+    limit: float,
+    carry: _Carry,
+    max_steps: int | None,
+) -> _Carry:
+    """Until what is left, which a step returns last, is within `limit` in all lanes."""
+
+    def go_on(c: _Carry) -> Bool[Array, ""]:
+        # A number, whose maximum XLA finds in half the time that it takes over flags.
+        more = max_lane(c.left) > limit
+        return more if max_steps is None else more & (c.shared < max_steps)
+
+    def body(c: _Carry) -> _Carry:
+        y, aux, left = step(c.y, c.left)
+        steps = jnp.where(c.left > limit, c.steps + 1, c.steps)
+        return _Carry(y, aux, left, steps, c.shared + 1)
+
+    return lax.while_loop(go_on, body, carry)
+
+
+def _moved(go_on: Array, y: list[Array], move: list[Array]) -> list[Array]:
+    return [jnp.where(go_on, a - b, a) for a, b in zip(y, move, strict=True)]
+
+
+def newton_opening(
+    fn: Fn, y: PyTree[Array], args: Any, aux: Any, atol: float
+) -> Opened:
+    """Newton's method until every entry of the residual *at* `y` is within `atol`."""
+    problem = _Problem(fn, args, jax.eval_shape(lambda: y), aux)
+    carry = problem.begin(y, jnp.asarray(jnp.inf, vs.real_dtype(y)))
+
+    def step(y: list[Array], left: Array) -> tuple[list[Array], Any, Array]:
+        del left
+        seen = problem.look(y)
+        largest = small.largest(seen.f)
+        error = jnp.where(jnp.isfinite(largest), largest, -1)
+        return _moved(~(largest <= atol), y, seen.move), seen.aux, error
+
+    c = _loop(step, atol, carry, _STEPS)
+    # A residual may also vanish at infinity: what is far away the robust solver judges.
+    way = [new - old for new, old in zip(c.y, carry.y, strict=True)]
+    near = small.largest(way) <= _FAR * jnp.maximum(small.largest(carry.y), 1)
+    solved = (c.left >= 0) & (c.left <= atol) & near
+    stats = {
+        "residual_norm": c.left,
+        "num_evaluations": c.steps * (1 + vs.size(y)),
+        "num_restarts": jnp.zeros((), int),
+    }
+    start = vs.select(solved, small.from_entries(c.y, problem.struct), y)
+    aux = problem.whole(c.aux)
+    return Opened(start, aux, solved, c.steps, jnp.asarray(_STEPS), stats)
+
+
+def is_closed_form(solver: Any, y: PyTree[Array], options: dict[str, Any]) -> bool:
+    """Whether a solver is optimistix's Newton method, for a state small enough."""
+    if type(solver) is not optx.Newton or options or not is_small(y):
+        return False
+    if not solver.cauchy_termination or solver.norm is not optx.max_norm:
+        return False
+    return isinstance(solver.linear_solver, _DIRECT)
+
+
+class Newtons(NamedTuple):
+    """Where `optimistix.Newton` has come."""
+
+    y: PyTree[Array]
+    aux: Any
+    result: RESULTS
+    num_steps: Int[Array, ""]
+
+
+def small_newton(
+    solver: Any,
+    fn: Fn,
+    y: PyTree[Array],
+    args: Any,
+    aux: Any,
+    max_steps: int | None,
+) -> Newtons:
+    """The iterates of `optimistix.Newton`, and its end: a small step from a small `f`.
+
+    **Arguments:** `aux` is structured as that of `fn`; `max_steps` counts evaluations.
+    """
+    problem = _Problem(fn, args, jax.eval_shape(lambda: y), aux)
+    dtype = vs.real_dtype(y)
+
+    def step(y: list[Array], left: Array) -> tuple[list[Array], Any, Array]:
+        seen = problem.look(y)
+        new = _moved(left > 0, y, seen.move)
+        nothing = [jnp.zeros_like(f) for f in seen.f]
+        over = _within(solver, seen.move, new) & _within(solver, seen.f, nothing)
+        cause = jnp.where(jnp.isfinite(small.largest(seen.f)), _SINGULAR, _NONFINITE)
+        broken = ~jnp.isfinite(small.largest(new))
+        left = jnp.where(broken, cause, jnp.where(over, _DONE, left))
+        return new, seen.aux, left.astype(dtype)
+
+    c = _loop(step, _DONE, problem.begin(y, jnp.ones((), dtype)), max_steps)
+    found = small.from_entries(c.y, problem.struct)
+    return Newtons(found, problem.whole(c.aux), _result(c.left), c.steps)
+
+
+def _result(left: Array) -> RESULTS:
+    ended = (left == _DONE, left == _SINGULAR, left == _NONFINITE)
+    results = (RESULTS.successful, RESULTS.singular, RESULTS.nonfinite)
+    out = RESULTS.nonlinear_max_steps_reached
+    for here, result in zip(ended, results, strict=True):
+        out = where_result(here, result, out)
+    return out
+
+
+def _within(solver: Any, x: list[Array], y: list[Array]) -> Bool[Array, ""]:
+    """Whether every entry of `x` is small by the tolerances of a solver, at `y`."""
+    small = [
+        jnp.abs(xi) < solver.atol + solver.rtol * jnp.abs(yi)
+        for xi, yi in zip(x, y, strict=True)
+    ]
+    return functools.reduce(lax.bitwise_and, small)
