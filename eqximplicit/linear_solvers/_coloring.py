@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Inexact
 
 from ._pattern import optional, Structure
@@ -88,13 +89,18 @@ def bands(
     on CPU. Entries outside the matrix are zero.
     """
     count, size = products.shape
-    row = jnp.arange(size, dtype=jnp.int32)
+    row = lax.iota(jnp.int32, size)
+    phase = lax.rem(row, np.int32(count))
+    wraps = count < lower + upper + 1
     out = []
     for offset in range(-lower, upper + 1):
-        col = row + offset
-        colour, inside = col % count, (col >= 0) & (col < size)
-        picked = jnp.zeros_like(products[0])
+        # Colour `c` is that of column `row + offset`.
+        picked = products[offset % count]
         for c in range(count):
-            picked = jnp.where(inside & (colour == c), products[c], picked)
+            if (c - offset) % count != 0:
+                picked = jnp.where(phase == (c - offset) % count, products[c], picked)
+        if wraps:
+            col = row + offset
+            picked = jnp.where((col >= 0) & (col < size), picked, 0)
         out.append(picked)
     return out

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact
 
+from .._state import every, peak
 from ._blocks import Blocks
 from ._coloring import bands, colour, Colouring, MISSING
 from ._klu import klu, klu_solve
@@ -70,7 +71,7 @@ def _or_one(scale: Array) -> Array:
 
 
 def _top(x: Array) -> Array:
-    return jnp.max(jnp.abs(x), axis=0)
+    return peak(x, axis=0)
 
 
 def _trusted(residual: Array, size: Array, top: Array) -> Bool[Array, "*k"]:
@@ -97,14 +98,14 @@ class DiagonalPlan(AbstractPlan):
         self, values: Inexact[Array, " n"], probe: np.ndarray, image: Array, rtol: float
     ) -> Bool[Array, ""]:
         seen = values * jnp.asarray(probe.astype(values.dtype))
-        return jnp.all(jnp.abs(seen - image) <= rtol * jnp.abs(seen))
+        return every(jnp.abs(seen - image) <= rtol * jnp.abs(seen))
 
     def solve(
         self, values: Inexact[Array, " n"], b: Inexact[Array, " n"], transposed: bool
     ) -> Solved:
         del transposed
         x = b / values
-        trusted = jnp.all((values != 0) & jnp.isfinite(values) & jnp.isfinite(x))
+        trusted = every((values != 0) & jnp.isfinite(values) & jnp.isfinite(x))
         return Solved(x, trusted, _top(values * x - b), jnp.ones_like(_top(b)))
 
 
@@ -117,8 +118,8 @@ def _flip(values: _Bands) -> _Bands:
     return jnp.pad(upper[:-1], (1, 0)), middle, jnp.pad(lower[1:], (0, 1))
 
 
-def _band_solve(values: _Bands, b: Inexact[Array, "n k"]) -> Inexact[Array, "n k"]:
-    return jax.lax.linalg.tridiagonal_solve(*values, b)
+def _band_solve(values: _Bands, b: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+    return jax.lax.linalg.tridiagonal_solve(*values, b[:, None])[:, 0]
 
 
 def _band_apply(values: _Bands, x: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
@@ -141,7 +142,7 @@ def _margin(values: _Bands) -> Float[Array, ""]:
 def _is_dominant(values: _Bands) -> Bool[Array, ""]:
     """Whether `_margin` is above rounding; without a division, which is slow."""
     lower, middle, upper = (jnp.abs(v) for v in values)
-    return jnp.all(middle - lower - upper > _power(middle.dtype, 0.5) * middle)
+    return every(middle - lower - upper > _power(middle.dtype, 0.5) * middle)
 
 
 class TridiagonalPlan(AbstractPlan):
@@ -174,23 +175,24 @@ class TridiagonalPlan(AbstractPlan):
         shifted = (wide[:-2], wide[1:-1], wide[2:])
         terms = [v * jnp.asarray(s) for v, s in zip(values, shifted, strict=True)]
         seen, size = sum(terms), sum(jnp.abs(t) for t in terms)
-        return jnp.all(jnp.abs(seen - image) <= rtol * size)
+        return every(jnp.abs(seen - image) <= rtol * size)
 
     def solve(
         self, values: _Bands, b: Inexact[Array, " n"], transposed: bool
     ) -> Solved:
         flipped = _flip(values)
         matrix = flipped if transposed else values
+        x = _band_solve(matrix, b)
+        accurate = _small_backward_error(matrix, x, b)
 
-        def dominant(b: Array) -> tuple[Array, Array, Array]:
-            (x,) = _band_solve(matrix, b[:, None]).T
-            return x, _small_backward_error(matrix, x, b), jnp.zeros_like(b[0]).real
+        def dominant() -> tuple[Array, Array]:
+            return accurate, jnp.zeros_like(b[0]).real
 
-        def unsure(b: Array) -> tuple[Array, Array, Array]:
-            return _pivoted(matrix, b)
+        def unsure() -> tuple[Array, Array]:
+            return _examined(matrix, x, b)
 
         sure = _is_dominant(values) | _is_dominant(flipped)
-        x, trusted, estimate = jax.lax.cond(sure, dominant, unsure, b)
+        trusted, estimate = jax.lax.cond(sure, dominant, unsure)
         bound = 1 / jnp.maximum(_margin(values), _margin(flipped))
         condition = jnp.where(sure, bound, estimate)
         return Solved(x, trusted, _top(_band_apply(matrix, x) - b), condition)
@@ -201,19 +203,19 @@ def _small_backward_error(values: _Bands, x: Array, b: Array) -> Bool[Array, ""]
     residual = jnp.abs(_band_apply(values, x) - b)
     lower, middle, upper = (jnp.abs(v) for v in values)
     size = _band_apply((lower, middle, upper), jnp.abs(x)) + jnp.abs(b)
-    return jnp.all(residual <= _power(b.dtype, 0.75) * size)
+    return every(residual <= _power(b.dtype, 0.75) * size)
 
 
-def _pivoted(values: _Bands, b: Array) -> tuple[Array, Array, Array]:
-    """The solution, whether to trust it, and the estimated condition."""
+def _examined(values: _Bands, x: Array, b: Array) -> tuple[Array, Array]:
+    """Whether to trust the solution `x` of `b`, and the estimated condition."""
     scale = _row_scale(values).astype(b.dtype)
     w = jnp.asarray(generic_vector(b.size).astype(b.dtype))
     scaled = jnp.stack([b / scale, w], axis=1)
-    x = _band_solve(values, scaled * scale[:, None])
+    x = jnp.stack([x, _band_solve(values, w * scale)], axis=1)
     image = jax.vmap(_band_apply, in_axes=(None, 1), out_axes=1)(values, x)
     residual = image / scale[:, None] - scaled
-    trusted = jnp.all(_trusted(_top(residual), _top(x), _top(scaled)))
-    return x[:, 0], trusted, _top(x[:, 1]) / _top(w)
+    trusted = every(_trusted(_top(residual), _top(x), _top(scaled)))
+    return trusted, _top(x[:, 1]) / _top(w)
 
 
 _Entries = tuple[Inexact[Array, " nnz"], Inexact[Array, " n"], Inexact[Array, " n"]]
@@ -259,7 +261,7 @@ class SparsePlan(AbstractPlan):
         both = jnp.stack([terms, jnp.abs(terms).astype(terms.dtype)], axis=1)
         total = self._sum(both, self.structure.rows)
         error = jnp.abs(rows * total[:, 0] - image)
-        return jnp.all(error <= rtol * (rows * total[:, 1]).real)
+        return every(error <= rtol * (rows * total[:, 1]).real)
 
     def solve(
         self, values: _Entries, b: Inexact[Array, " n"], transposed: bool
@@ -272,7 +274,7 @@ class SparsePlan(AbstractPlan):
         x, size = self._solve(scaled, rhs, transposed)
         rows, cols = self._index(transposed)
         residual = self._sum(scaled[:, None] * x[cols], rows) - rhs
-        trusted = jnp.all(_trusted(_top(residual), size, _top(rhs)))
+        trusted = every(_trusted(_top(residual), size, _top(rhs)))
         norm = _top(residual[:, 0] * row_scale)
         return Solved(x[:, 0] / col_scale, trusted, norm, size[1] / _top(w))
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
 from .._lanes import any_lane
+from .._state import every
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import check_bytes, dot, epsilon, norm, structure
 from ._small import dense, inverse, LARGEST, small_solution, small_state, SmallState
@@ -102,7 +103,7 @@ def _is_exact(
     # Row by row, so that the scale of a row has no say.
     terms = _matvec(jnp.abs(matrix), jnp.abs(x)) + jnp.abs(b)
     r = jnp.abs(b - _matvec(matrix, x))
-    return jnp.all(r <= residual_limit(epsilon(matrix)) * terms)
+    return every(r <= residual_limit(epsilon(matrix)) * terms)
 
 
 class LUState(eqx.Module):

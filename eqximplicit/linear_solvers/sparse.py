@@ -11,7 +11,9 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
-from .._custom_types import AbstractLinearSolver, PyTree, ShapeDtypeStruct
+from .._custom_types import PyTree, ShapeDtypeStruct
+from .._state import every
+from ._measured import AbstractMeasuredSolver, Measured
 from ._pattern import (
     detect_structure as detect_structure,
     flat_size,
@@ -83,7 +85,7 @@ class _SparseState(eqx.Module):
     transposed: bool = eqx.field(static=True)
 
 
-class SparseDirect(AbstractLinearSolver[_SparseState]):
+class SparseDirect(AbstractMeasuredSolver[_SparseState]):
     r"""A sparse direct solver; the sparsity is found from the operator's jaxpr.
 
     Entries come from as many products as the pattern has colours. Diagonal and
@@ -141,10 +143,10 @@ class SparseDirect(AbstractLinearSolver[_SparseState]):
         agrees = plan.agrees(values, probe, image, rtol)
         return _SparseState(values, agrees, plan, domain, codomain, transposed=False)
 
-    def compute(
+    def answer(
         self, state: _SparseState, vector: PyTree[Array], options: dict[str, Any]
-    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        """The solution, an honest result code, and the measured residual."""
+    ) -> Measured:
+        """The solution, NaN if it is none, with its measured residual."""
         del options
         b = state.codomain.flatten(vector, _working_dtype(state.codomain, state.domain))
         solved = state.plan.solve(state.values, b, state.transposed)
@@ -154,7 +156,8 @@ class SparseDirect(AbstractLinearSolver[_SparseState]):
             "residual_norm": solved.residual,
             "condition_estimate": solved.condition,
         }
-        return state.domain.unflatten(solution), _result(good, state.agrees), stats
+        x, result = state.domain.unflatten(solution), _result(good, state.agrees)
+        return Measured(x, ~every(b == 0), good, result, stats)
 
     def transpose(
         self, state: _SparseState, options: dict[str, Any]

@@ -121,7 +121,7 @@ def picard(
     usable = (c.error < c.before) | (c.error < 1)
     residual = vs.minus(c.ahead, c.y)
     stats = {
-        "residual_norm": tolerance.norm(residual).astype(infinite.dtype),
+        "residual_norm": vs.norm_of(tolerance.norm, residual, infinite.dtype),
         "scaled_error": c.error,
         "num_rescues": jnp.zeros((), jnp.int32),
     }

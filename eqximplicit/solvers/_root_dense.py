@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._solution import as_results, Aux, RESULTS, Y
+from .._state import peak
 from . import _root_phases as ph, _vector_space as vs
 from ._root_solve import newton_or_damped_step
 from ._root_vector import norm_of, real_vector, RealVector
@@ -64,7 +65,7 @@ def _measured_trial(base: Base, x: Array, residual: Array) -> ph.Trial:
     linear = base.residual + step @ base.transposed
     lengths = vs.lengths([residual, step, base.x, linear], x.dtype)
     norm, step_length, base_length, linear_norm = lengths
-    largest = jnp.max(jnp.abs(residual))
+    largest = peak(residual)
     return ph.Trial(norm, largest, step_length, base_length, linear_norm)
 
 
@@ -87,7 +88,8 @@ def _measured_base(base: Base, gradient: Array, atol: float) -> _Measured:
     # An entry below this many roundings of its own terms cannot be made smaller.
     terms = jnp.sum(jnp.abs(base.transposed * base.x[:, None]), axis=0)
     noise = _ROUNDINGS * float(jnp.finfo(base.x.dtype).eps) * terms
-    excess = jnp.max(jnp.abs(base.residual) - jnp.maximum(noise, atol))
+    excess = jnp.abs(base.residual) - jnp.maximum(noise, atol)
+    excess = jnp.max(jnp.where(jnp.isnan(excess), jnp.inf, excess))
     shown = ph.Base(slope, jacobian_norm, length, excess)
     return _Measured(shown, columns, scaled_slope)
 

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .._state import num_entries
+from .._state import every, max_abs, num_entries
 
 T = TypeVar("T")
 
@@ -153,12 +154,15 @@ def norm_of(norm: Callable[[Any], Array], x: Any, dtype: jnp.dtype) -> Float[Arr
     if has_complex(x):
         with jax.numpy_dtype_promotion("standard"):
             target = jnp.promote_types(dtype, jnp.complex64)
-    return norm(jtu.tree_map(lambda xi: xi.astype(target), x)).astype(dtype)
+    x = jtu.tree_map(lambda xi: xi.astype(target), x)
+    if norm is optx.max_norm:  # which passes over a NaN where XLA's maximum does
+        return max_abs(x).astype(dtype)
+    return norm(x).astype(dtype)
 
 
 def all_finite(x: Any) -> Bool[Array, ""]:
     """Returns whether every entry is finite."""
-    flags: list[Array] = [jnp.all(jnp.isfinite(xi)) for xi in jtu.tree_leaves(x)]
+    flags: list[Array] = [every(jnp.isfinite(xi)) for xi in jtu.tree_leaves(x)]
     return ft.reduce(jnp.logical_and, flags, jnp.array(True))
 
 

@@ -13,6 +13,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Scalar
 
 from .._solution import as_results, RESULTS
+from .._state import peak
 from . import _vector_space as vs
 
 Y = TypeVar("Y")
@@ -132,8 +133,8 @@ class Tolerance(eqx.Module):
 
         def leaf(d: Array, yi: Array) -> Array:
             d, unit = jnp.abs(d), self.atol + self.rtol * jnp.abs(yi)
-            ratio = d / jnp.where(unit > 0, unit, 1)
-            return jnp.where(unit > 0, ratio, jnp.where(d > 0, jnp.inf, 0.0))
+            ratio = d / jnp.where(unit == 0, 1, unit)
+            return jnp.where(unit == 0, jnp.where(d == 0, 0.0, jnp.inf), ratio)
 
         ratios = jtu.tree_map(leaf, deviation, y)
         return jax.lax.stop_gradient(vs.norm_of(self.norm, ratios, dtype))
@@ -185,8 +186,8 @@ def in_roundings(residual: Any, y: Any) -> Float[Array, ""]:
     def leaf(r: Array, yi: Array) -> Array:
         if r.size == 0:
             return jnp.zeros((), dtype)
-        both = jnp.abs(vs.in_one([r, yi]))
-        worst, largest = vs.apart(jnp.max(both, axis=tuple(range(1, both.ndim))))
+        both = vs.in_one([r, yi])
+        worst, largest = vs.apart(peak(both, axis=tuple(range(1, both.ndim))))
         rounding = float(jnp.finfo(yi.dtype).eps) * largest
         ratio = worst / jnp.where(rounding > 0, rounding, 1)
         out = jnp.where(rounding > 0, ratio, jnp.where(worst > 0, jnp.inf, 0.0))
