@@ -263,16 +263,16 @@ the extra `all` installed:
 python benchmarks/report.py --page docs
 ```
 
-Contestants of a workload run in turns, in one process with one thread on one core;
-times are medians of CPU time. A *ratio* is to the best code by hand: a `custom_vjp`
+Contestants of a workload run in turns, in one process with one thread on one core, so
+that JAX dispatches synchronously (`benchmarks/one_core.py` says why); times are medians
+of CPU time. A *ratio* is to the best code by hand: a `custom_vjp`
 that an expert writes for that one problem. *Gradient* is value and gradient (or the
 whole Jacobian), *forward* the solution alone, *first call* trace, lowering and
 compilation of the gradient. Each contestant's derivative is first compared with a NumPy
 program in float64; all are asked for the same tolerances, none of them raises
 (`throw=False`). `eqximplicit` has the default solvers, `eqximplicit, matched` is given
-the algorithm of the code by hand (in iMAML both are one). Where
-jaxopt has no solver for a problem (small roots, iMAML), its `custom_root` is around the
-solver by hand.
+the algorithm of the code by hand (in iMAML both are one). Where jaxopt has no solver
+for a problem (small roots, iMAML), its `custom_root` is around the solver by hand.
 
 The problems are in `benchmarks/workloads.py` and `benchmarks/bilevel.py`. Further
 scripts: `sparse.py` (2-D diffusion, too), `linear_solvers.py`, `root_finders.py`,

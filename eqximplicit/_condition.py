@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from equinox import AbstractVar
+from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
+from ._coupling import coupled_axes
 from ._custom_types import PyTree
 from ._state import (
     check_same_field,
@@ -119,8 +121,20 @@ def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Conditi
         return arrays, fn_aux
 
     given = aux if condition.takes_aux else None
-    fn = _Hoisted(eqx.filter_closure_convert(call, y, args, given), condition.takes_aux)
+    fn = eqx.filter_closure_convert(call, y, args, given)
+    _refuse_coupled_lanes(cast(Any, fn).jaxpr, y)
+    fn = _Hoisted(fn, condition.takes_aux)
     return dataclasses.replace(condition, fn=fn, has_aux=True, takes_aux=True)
+
+
+def _refuse_coupled_lanes(jaxpr: Jaxpr, y: Any) -> None:
+    if axes := coupled_axes(jaxpr, len(jtu.tree_leaves(y))):
+        raise ValueError(
+            f"The function couples the lanes of the mapped axis {axes[0]!r} through "
+            "the state, by a collective, so that no lane has a solution of its own. "
+            "Make one state of all lanes: solve outside of the `vmap` or `shard_map`, "
+            "and map inside of the function."
+        )
 
 
 def out_struct(hoisted: AbstractCondition[Any, Any]) -> tuple[Any, Any]:

@@ -21,9 +21,13 @@ from ._claim import Claim, is_saddle
 from ._custom_types import LinearSolver, PyTree
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
-from ._state import nonzero_and_finite, stop_gradient
+from ._state import max_abs, nonzero_and_finite, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import dot
+from .linear_solvers._residual import dot, scale
+from .linear_solvers._small import inverse_power
+
+# Options that are a guess of the solution, and of that of the transposed system.
+_STARTS = ("y0", "y0_transpose")
 
 
 class LinearRule(eqx.Module):
@@ -43,19 +47,42 @@ class LinearRule(eqx.Module):
     trusted: Bool[Array, ""]
 
 
-def _answer(
-    rule: LinearRule, state: Any, options: dict[str, Any], vector: PyTree[Array]
-) -> Measured:
+class _Asked(NamedTuple):
+    """A right-hand side of order one, and the number that takes the answer back."""
+
+    vector: PyTree[Array]
+    options: dict[str, Any]
+    back: Float[Array, ""] | None
+
+
+def _normalised(
+    rule: LinearRule, vector: PyTree[Array], options: dict[str, Any]
+) -> _Asked:
+    """The question in other units, so that its square does not underflow to none.
+
+    By powers of two, which are exact. Our own solvers know no absolute tolerance, and
+    float64 has the range for squares.
+    """
+    largest = max_abs(vector)
+    wide = jnp.finfo(largest.dtype).bits >= 64
+    if wide and isinstance(rule.solver, AbstractMeasuredSolver):
+        return _Asked(vector, options, None)
+    unit = inverse_power(largest)
+    given = {key: scale(unit, options[key]) for key in _STARTS if key in options}
+    return _Asked(scale(unit, vector), {**options, **given}, inverse_power(unit))
+
+
+def _answer(rule: LinearRule, state: Any, asked: _Asked) -> Measured:
     """The solution and what it is worth.
 
     A solver of ours has measured its answer; of any other, Krylov solvers divide by the
     norm of `b`, and some call an answer good that is not finite.
     """
     if isinstance(rule.solver, AbstractMeasuredSolver):
-        return rule.solver.answer(state, vector, options)
-    x, result, stats = rule.solver.compute(state, vector, options)
-    asked, finite = nonzero_and_finite(vector, x)
-    return Measured(x, asked, finite & is_successful(result), result, stats)
+        return rule.solver.answer(state, asked.vector, asked.options)
+    x, result, stats = rule.solver.compute(state, asked.vector, asked.options)
+    nonzero, finite = nonzero_and_finite(asked.vector, x)
+    return Measured(x, nonzero, finite & is_successful(result), result, stats)
 
 
 class Doubt(eqx.Module):
@@ -90,6 +117,7 @@ class Doubt(eqx.Module):
 def _solved(
     rule: LinearRule,
     found: Measured,
+    back: Float[Array, ""] | None,
     nan: Bool[Array, ""],
     wrong: Bool[Array, ""] | None,
 ) -> PyTree[Array]:
@@ -103,7 +131,7 @@ def _solved(
         other = lax.select(nan, missing, zero)
         return lax.select(keep, x, lax.broadcast(other, x.shape))
 
-    return jtu.tree_map(leaf, found.x)
+    return jtu.tree_map(leaf, found.x if back is None else scale(back, found.x))
 
 
 class _System(NamedTuple):
@@ -117,19 +145,23 @@ class _System(NamedTuple):
 def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # At a double root ∂F/∂θ is zero together with ∂F/∂y: that zero says nothing.
     rule, state, doubt = system
-    found = _answer(rule, state, rule.options, vector)
+    asked = _normalised(rule, vector, rule.options)
+    found = _answer(rule, state, asked)
     singular = jnp.asarray(found.result == lx.RESULTS.singular) | ~rule.trusted
     wrong = None if doubt is None else doubt.contradicts()
-    return _solved(rule, found, found.asked | singular, wrong)
+    return _solved(rule, found, asked.back, found.asked | singular, wrong)
 
 
 def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # A zero cotangent is a lane that nobody asks about, and it must stay zero.
     rule, state, doubt = system
     state, options = rule.solver.transpose(state, rule.options)
-    found = _answer(rule, state, options, vector)
-    wrong = None if doubt is None else doubt.contradicts_cotangent(vector, found.x)
-    return _solved(rule, found, found.asked, wrong)
+    asked = _normalised(rule, vector, options)
+    found = _answer(rule, state, asked)
+    wrong = None
+    if doubt is not None:
+        wrong = doubt.contradicts_cotangent(asked.vector, found.x)
+    return _solved(rule, found, asked.back, found.asked, wrong)
 
 
 def _examined(

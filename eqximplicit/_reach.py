@@ -30,7 +30,8 @@ class Reach(NamedTuple):
     detached: list[str]
 
 
-def _inner(eqn: Any) -> Jaxpr | None:
+def inner_jaxpr(eqn: Any) -> Jaxpr | None:
+    """The jaxpr of a call, whose inputs and outputs are those of the equation."""
     if eqn.primitive.name not in _CALLS:
         return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -56,7 +57,7 @@ def _needed(jaxpr: Jaxpr, wanted: set[Any], smooth: bool) -> list[bool]:
         outs = [out in live for out in eqn.outvars]
         if not any(outs) or (smooth and _blocks(eqn)):
             continue
-        inner = _inner(eqn)
+        inner = inner_jaxpr(eqn)
         if inner is None:
             flags = [True] * len(eqn.invars)
         else:

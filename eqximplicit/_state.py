@@ -239,10 +239,7 @@ def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
 def nonzero_and_finite(
     a: PyTree[Array], b: PyTree[Array]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether some entry of `a` is not zero, and whether every entry of `b` is finite.
-
-    Boolean reductions: XLA merges them over devices, and knows no other bitwise ones.
-    """
+    """Whether some entry of `a` is not zero, and every entry of `b` is finite."""
     zero = _all([x == 0 for x in jtu.tree_leaves(a)])
     return ~zero, all_finite(b)
 

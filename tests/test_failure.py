@@ -117,7 +117,7 @@ def diverging(y, a):
 # Each failure, and what its one line must name: the cause, then the remedy.
 CAUSES = {
     "out of steps": (
-        lambda: layer(lambda y, _: y**2 + 1, NEWTON, max_steps=3)(GUESS),
+        lambda: layer(lambda y, _: y**2 + 1, NEWTON, max_steps=3)(0.7),
         "maximum number of steps.*increase `max_steps`",
     ),
     "not finite": (

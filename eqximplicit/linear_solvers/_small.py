@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from .._custom_types import PyTree, ShapeDtypeStruct
 
 LARGEST = 3
+_MARGIN = 27  # of the exponents of a dtype, at both ends
 
 Scalars = list[Array]
 Rows = list[list[Array]]
@@ -139,17 +140,23 @@ def _size(a: Rows, col: int) -> Array:
     return lax.mul(lax.abs(a[0][col]), terms)
 
 
-def _inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
+def inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
     """A power of two that takes a positive number to between 1 and 2.
 
     By the bits of its exponent: exact, and no division, of which XLA makes a kernel.
+    Numbers near the ends of the range, and zero, are taken part of the way, so that the
+    inverse of the power is a number too.
     """
     info = jnp.finfo(size.dtype)
     integer = jnp.dtype(f"int{info.bits}")
-    largest = jnp.asarray(((1 << info.nexp) - 2) << info.nmant, integer)
-    mask = jnp.asarray(((1 << info.nexp) - 1) << info.nmant, integer)
-    exponent = lax.bitcast_convert_type(size, integer) & mask
-    return lax.bitcast_convert_type(largest - exponent, size.dtype)
+
+    def bits(exponent: int) -> Array:
+        return jnp.asarray(exponent << info.nmant, integer)
+
+    top = (1 << info.nexp) - 2
+    exponent = lax.bitcast_convert_type(size, integer) & bits(top + 1)
+    exponent = lax.clamp(bits(_MARGIN), exponent, bits(top - _MARGIN))
+    return lax.bitcast_convert_type(bits(top) - exponent, size.dtype)
 
 
 class Inverse(NamedTuple):
@@ -184,7 +191,7 @@ def _unit(row: Scalars) -> Array | None:
     # So that products of three entries neither over- nor underflow. Those of float64
     # have the range for it.
     wide = jnp.finfo(row[0].dtype).bits >= 64
-    return None if wide else _inverse_power(largest(row))
+    return None if wide else inverse_power(largest(row))
 
 
 def solve(rows: Rows, b: Scalars) -> Scalars:

@@ -14,14 +14,18 @@ from . import _vector_space as vs
 
 DENSE_SIZE = 64  # below it, n Hessian products and a dense eigenvalue problem are cheap
 LANCZOS_STEPS = 50
+# Where a tag says that there is no negative curvature: enough for one that is plain.
+STEPS_IF_TAGGED = 12
 
 Hvp = Callable[[Any], Any]
 
 
-def extreme_curvatures(hvp: Hvp, y: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def extreme_curvatures(
+    hvp: Hvp, y: Any, num_steps: int = LANCZOS_STEPS
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the smallest eigenvalue of the Hessian and its spectral norm.
 
-    Dense up to `DENSE_SIZE` unknowns, else the extreme Ritz values of `LANCZOS_STEPS`
+    Dense up to `DENSE_SIZE` unknowns, else the extreme Ritz values of `num_steps`
     matrix-free Lanczos steps from a fixed random start. A Ritz value is never below
     the smallest eigenvalue, so a negative one proves a saddle; one that is not negative
     is strong evidence, no proof.
@@ -30,12 +34,13 @@ def extreme_curvatures(hvp: Hvp, y: Any) -> tuple[Float[Array, ""], Float[Array,
 
     - `hvp`: the (real symmetric) Hessian as a linear map on states like `y`.
     - `y`: a state; only shapes and dtypes are used.
+    - `num_steps`: of Lanczos, each of them one product.
 
     **Returns:**
 
     Two floats of shape `()`, in the widest real dtype of `y`.
     """
-    ritz = _dense(hvp, y) if vs.size(y) <= DENSE_SIZE else _lanczos(hvp, y)
+    ritz = _dense(hvp, y) if vs.size(y) <= DENSE_SIZE else _lanczos(hvp, y, num_steps)
     return jnp.min(ritz), jnp.max(jnp.abs(ritz))
 
 
@@ -47,7 +52,7 @@ def _dense(hvp: Hvp, y: Any) -> Float[Array, " n"]:
     return jnp.linalg.eigvalsh((hessian + hessian.T) / 2)
 
 
-def _lanczos(hvp: Hvp, y: Any) -> Float[Array, " k"]:
+def _lanczos(hvp: Hvp, y: Any, num_steps: int) -> Float[Array, " k"]:
     """Returns Ritz values of the three-term recurrence.
 
     Without reorthogonalisation: lost orthogonality only repeats Ritz values that have
@@ -72,7 +77,7 @@ def _lanczos(hvp: Hvp, y: Any) -> Float[Array, " k"]:
 
     start = _unit_random(y, dtype)
     carry = (vs.zeros_like(y), start, zero)
-    _, (alphas, betas) = jax.lax.scan(body, carry, None, length=LANCZOS_STEPS)
+    _, (alphas, betas) = jax.lax.scan(body, carry, None, length=num_steps)
     off = jnp.diag(betas[:-1], 1)
     return jnp.linalg.eigvalsh(jnp.diag(alphas) + off + off.T)
 

@@ -20,8 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._custom_types import PyTree
 from .._lanes import max_lane
 from .._solution import RESULTS, where_result
-from ..linear_solvers import AutoLinearSolver, DirectLU
-from ..linear_solvers import _small as small
+from ..linear_solvers import _small as small, AutoLinearSolver, DirectLU
 from . import _vector_space as vs
 from ._opening import Fn, LEAST_BUDGET, Opened
 from ._root_vector import real_size

@@ -20,12 +20,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import as_results, RESULTS
 from . import _vector_space as vs
-from ._curvature import extreme_curvatures
+from ._curvature import extreme_curvatures, LANCZOS_STEPS, STEPS_IF_TAGGED
 from ._newton_polish import hessian_product, polish, PolishState, start
 
 _DIVERGED = as_results(RESULTS.nonlinear_divergence)
@@ -223,7 +224,7 @@ class VerifiedDescent(eqx.Module):
         dtype = state.polish.value.dtype
         eps = vs.resolution(y)
         hvp = hessian_product(self._scalar(problem), y)
-        lowest, largest = extreme_curvatures(hvp, y)
+        lowest, largest = extreme_curvatures(hvp, y, _num_looks(problem.tags))
         # Where rounding forbids a gradient below `atol`, one that a relative change
         # `rtol` of `y` would cause is as good as zero.
         slack = self.rtol * vs.norm_of(self.norm, hvp(y), dtype)
@@ -249,6 +250,11 @@ class VerifiedDescent(eqx.Module):
             ),
         )
         return _Carry(y, new_state)
+
+
+def _num_looks(tags: frozenset[object]) -> int:
+    convex = lx.positive_semidefinite_tag in tags
+    return STEPS_IF_TAGGED if convex else LANCZOS_STEPS
 
 
 def _in_phase(

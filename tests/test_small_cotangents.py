@@ -1,0 +1,68 @@
+"""Cotangents and tangents of any size: the derivative is linear in them."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optimistix as optx
+import pytest
+
+import eqximplicit as eqi
+
+SIZES = (1e-33, 1e-22, 1.0, 1e22, 1e36)
+SOLVERS = {
+    "default": eqi.AutoLinearSolver(),
+    "LU": eqi.DirectLU(),
+    "Krylov": eqi.HybridKrylov(),
+    "Neumann": eqi.Neumann(rtol=1e-6),
+    "normal CG": eqi.NormalCG(rtol=1e-6),
+    "least norm": eqi.LeastNorm(),
+    "lineax GMRES": lx.GMRES(rtol=1e-6, atol=1e-6),
+    "lineax LU": lx.LU(),
+}
+
+
+def weights(n):
+    return 0.8 * np.cos(np.outer(np.arange(n), np.arange(n))) / n
+
+
+def cell(y, x):
+    return jnp.tanh(jnp.asarray(weights(y.size), y.dtype) @ y + x)
+
+
+@pytest.mark.parametrize("n", [2, 7, 80])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_derivative_is_linear_in_what_it_is_asked(name, n):
+    solver = optx.FixedPointIteration(rtol=1e-6, atol=1e-6)
+    adjoint = eqi.ImplicitAdjoint(SOLVERS[name])
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), solver, adjoint, throw=False)
+    zero, x = jnp.zeros(n, jnp.float32), jnp.linspace(-1, 1, n, dtype=jnp.float32)
+    y, jvp = jax.linearize(lambda x: layer(zero, x), x)
+    pull = jax.jit(lambda ct: jax.vjp(lambda x: layer(zero, x), x)[1](ct)[0])
+    push = jax.jit(jvp)
+    v = np.cos(np.arange(n) + 0.3)
+
+    slope = np.asarray(1 - y**2, np.float64)
+    inverse = np.linalg.inv(np.diag(1 / slope) - weights(n))
+    for size in SIZES:
+        given = jnp.asarray(size * v, jnp.float32)
+        np.testing.assert_allclose(
+            np.asarray(push(given), np.float64) / size, inverse @ v, rtol=0, atol=2e-4
+        )
+        np.testing.assert_allclose(
+            np.asarray(pull(given), np.float64) / size, inverse.T @ v, rtol=0, atol=2e-4
+        )
+    assert np.all(pull(zero) == 0)
+    assert np.all(np.isnan(pull(zero * jnp.nan)))
+
+
+def test_a_warm_start_is_taken_to_the_same_units():
+    start = jnp.full(40, 1e-25, jnp.float32)
+    options = {"y0": start, "y0_transpose": start}
+    adjoint = eqi.ImplicitAdjoint(eqi.HybridKrylov(), options)
+    solver = optx.FixedPointIteration(rtol=1e-6, atol=1e-6)
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), solver, adjoint, throw=False)
+    x = jnp.ones(40, jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x, s: s * jnp.sum(layer(jnp.zeros_like(x), x))))
+    small, one = gradient(x, jnp.float32(1e-25)), gradient(x, jnp.float32(1.0))
+    np.testing.assert_allclose(small * 1e25, one, rtol=1e-4)
