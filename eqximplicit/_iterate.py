@@ -112,7 +112,6 @@ def _loop(
     def body(carry: _Carry) -> _Carry:
         y, state, (residual, aux) = run.step(carry.y, combine(carry.state))
         arrays = eqx.filter(state, eqx.is_array)
-        aux = eqx.filter(aux, eqx.is_array)
         num_steps, record = carry.num_steps + 1, None
         if run.watch is not None:
             record = run.watch.after_step(carry.record, num_steps, y)
@@ -180,7 +179,8 @@ def _in_closed_form(run: Run, y: PyTree[Array]) -> Outcome:
     value = from_real(found.y, run.fn.like)
     trusted = jnp.asarray(is_successful(found.result))
     stats = {"num_steps": found.num_steps}
-    return Outcome(value, found.aux[1], found.result, trusted, stats)
+    aux = run.fn.whole_aux(found.aux[1])
+    return Outcome(value, aux, found.result, trusted, stats)
 
 
 def _opened(run: Run, y: PyTree[Array]) -> Opened | None:
@@ -196,7 +196,8 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     """The outcome of the opening, or of the solver in lanes that it has not solved."""
     value = from_real(opened.y, run.fn.like)
     stats = {"num_steps": opened.num_steps, **opened.stats}
-    finished = Outcome(value, opened.aux[1], RESULTS.successful, opened.solved, stats)
+    aux = run.fn.whole_aux(opened.aux[1])
+    finished = Outcome(value, aux, RESULTS.successful, opened.solved, stats)
     arrays, static = eqx.partition(finished, _is_arraylike)
 
     def go_on() -> Any:
@@ -221,17 +222,14 @@ def _iterated(
     residual_struct, fn_aux_struct = aux_struct
     state = solver.init(fn, y, args, options, f_struct, aux_struct, fn.tags)
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
-    aux_arrays, aux_static = eqx.partition(filled(fn_aux_struct, 0), eqx.is_array)
-    residual = filled(residual_struct, jnp.inf)
-    carry = _Carry(y, state_arrays, residual, aux_arrays, num_steps, record)
+    aux, residual = filled(fn_aux_struct, 0), filled(residual_struct, jnp.inf)
+    carry = _Carry(y, state_arrays, residual, aux, num_steps, record)
 
     def combine(arrays: Any) -> Any:
         return eqx.combine(arrays, state_static)
 
     carry = _loop(run, carry, combine, while_loop)
-    return _outcome(
-        run, carry, combine(carry.state), eqx.combine(carry.aux, aux_static)
-    )
+    return _outcome(run, carry, combine(carry.state))
 
 
 def _watch(
@@ -246,7 +244,7 @@ def _watch(
     return Watch(monitor, norm, max_steps)
 
 
-def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
+def _outcome(run: Run, carry: _Carry, state: Any) -> Outcome:
     done, result = run.terminate(carry.y, state, carry.residual)
     out_of_steps = optx.RESULTS.where(
         done, optx.RESULTS.successful, optx.RESULTS.nonlinear_max_steps_reached
@@ -261,7 +259,7 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
     y, (_, aux), stats = run.solver.postprocess(
         run.fn,
         carry.y,
-        (carry.residual, aux),
+        (carry.residual, carry.aux),
         run.args,
         run.options,
         state,
@@ -276,4 +274,4 @@ def _outcome(run: Run, carry: _Carry, state: Any, aux: Any) -> Outcome:
     if run.watch is not None:
         stats |= run.watch.stats(carry.record, carry.num_steps)
     value = from_real(y, run.fn.like)
-    return Outcome(value, aux, reported, trusted, stats)
+    return Outcome(value, run.fn.whole_aux(aux), reported, trusted, stats)

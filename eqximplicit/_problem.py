@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array
@@ -48,7 +49,8 @@ class IteratedFn(eqx.Module):
     """The function `(y, args) -> (out, (residual, aux))` that a solver iterates.
 
     `y` is in the real form of the state; `residual` is `None` unless the solver must
-    also be held to a small one. `tags` are those of what the solver takes for its
+    also be held to a small one. `aux` has the arrays of the function's own only, and
+    `whole_aux` adds the rest. `tags` are those of what the solver takes for its
     operator.
     """
 
@@ -73,7 +75,16 @@ class IteratedFn(eqx.Module):
         y, (raw, aux) = from_real(real_y, self.like), raw_and_aux
         evaluated = _Evaluated(self.condition, y, args, raw)
         residual = _residual(evaluated) if self.must_vanish else None
-        return to_real(self.output(evaluated), real_dtype(self.like)), (residual, aux)
+        out = to_real(self.output(evaluated), real_dtype(self.like))
+        return out, (residual, eqx.filter(aux, eqx.is_array))
+
+    def whole_aux(self, arrays: Any) -> Any:
+        """The auxiliary output of the function, of which `arrays` are the arrays."""
+        return eqx.combine(arrays, eqx.filter(out_struct(self.condition)[1], _is_rest))
+
+
+def _is_rest(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _residual(evaluated: _Evaluated) -> PyTree[Array]:

@@ -755,3 +755,38 @@ def test_cell_is_not_changed_by_the_layer():
     # The function of a layer is the user's object, found where it was put.
     cell = Cell(Para(jnp.array(1.0), jnp.array(2.0)))
     assert eqi.ImplicitFunction(eqi.FixedPoint(cell)).condition.fn is cell
+
+
+KINDS = {
+    "default root finder": (eqi.Root, None),
+    "Newton in closed form": (eqi.Root, optx.Newton(1e-8, 1e-8)),
+    "Newton": (eqi.Root, optx.Newton(1e-8, 1e-8, linear_solver=lx.QR())),
+    "default fixed point": (eqi.FixedPoint, None),
+    "Anderson": (eqi.FixedPoint, eqi.Anderson(1e-8, 1e-8, window=1)),
+    "Broyden": (eqi.FixedPoint, eqi.Broyden(1e-8, 1e-8)),
+    "default minimiser": (eqi.Minimum, None),
+    "BFGS": (eqi.Minimum, optx.BFGS(1e-8, 1e-8)),
+    "FIRE": (eqi.Minimum, eqi.FIRE(1e-8, 1e-8)),
+    "default least squares": (eqi.LeastSquares, None),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_auxiliary_output_may_hold_anything(name):
+    kind, solver = KINDS[name]
+    outputs = {
+        eqi.Root: lambda y, a: y - a,
+        eqi.FixedPoint: lambda y, a: 0.5 * (y + a),
+        eqi.Minimum: lambda y, a: (y - a) ** 2,
+        eqi.LeastSquares: lambda y, a: y - a,
+    }
+
+    def fn(y, a):
+        aux = {"twice": 2 * y, "name": "pair", "number": 1.5, "none": None}
+        return outputs[kind](y, a), aux
+
+    layer = eqi.ImplicitFunction(kind(fn), solver, has_aux=True)
+    solve = eqx.filter_jit(lambda a: layer.solve(jnp.array(1.0), a).aux)
+    aux = solve(jnp.array(3.0))
+    np.testing.assert_allclose(aux["twice"], 6.0, rtol=1e-6)
+    assert (aux["name"], aux["number"], aux["none"]) == ("pair", 1.5, None)

@@ -100,7 +100,6 @@ def picard(
     The error is the residual over $1 - \rho$ for a residual that shrinks by $\rho$. It
     is that of the point returned: its image is the next iterate.
     """
-    arrays, static = eqx.partition(aux, eqx.is_array)
 
     def unfinished(c: _Contraction) -> Bool[Array, ""]:
         wanted = c.contracts & ~c.solved
@@ -109,14 +108,13 @@ def picard(
     def step(c: _Contraction) -> _Contraction:
         image, aux = fn(c.ahead, args)
         error = tolerance.measure(vs.minus(image, c.ahead), c.ahead)
-        aux = eqx.filter(aux, eqx.is_array)
         bound = RATE * jnp.minimum(c.bound, SLACK / RATE * error)
         steps = c.steps + 1
         return _Contraction(c.ahead, image, aux, error, c.error, bound, steps, target)
 
     infinite, zero = jnp.asarray(jnp.inf, vs.real_dtype(y)), jnp.zeros((), int)
     target = _target(tolerance, vs.resolution(y))
-    begun = _Contraction(y, y, arrays, infinite, infinite, infinite, zero, target)
+    begun = _Contraction(y, y, aux, infinite, infinite, infinite, zero, target)
     c = jax.lax.while_loop(unfinished, step, begun)
     usable = (c.error < c.before) | (c.error < 1)
     residual = vs.minus(c.ahead, c.y)
@@ -126,7 +124,7 @@ def picard(
         "num_rescues": jnp.zeros((), jnp.int32),
     }
     start = vs.select(c.solved, c.y, vs.select(usable, c.ahead, y))
-    return Opened(start, eqx.combine(c.aux, static), c.solved, c.steps, c.steps, stats)
+    return Opened(start, c.aux, c.solved, c.steps, c.steps, stats)
 
 
 def _target(tolerance: Tolerance, eps: float) -> float:

@@ -55,15 +55,6 @@ class _Problem(NamedTuple):
     fn: Fn
     args: Any
     struct: Any
-    aux: Any
-
-    def begin(self, y: PyTree[Array], left: Any) -> "_Carry":
-        zero = jnp.zeros((), int)
-        aux = eqx.filter(self.aux, eqx.is_array)
-        return _Carry(small.entries(y), aux, left, zero, zero)
-
-    def whole(self, arrays: Any) -> Any:
-        return eqx.combine(arrays, eqx.filter(self.aux, eqx.is_array, inverse=True))
 
     def look(self, y: list[Array]) -> _Seen:
         at = small.from_entries(y, self.struct)
@@ -72,7 +63,7 @@ class _Problem(NamedTuple):
         )
         f = small.entries(out)
         move = small.solve(small.rows_of(linear, self.struct), f)
-        return _Seen(f, move, eqx.filter(aux, eqx.is_array))
+        return _Seen(f, move, aux)
 
 
 class _Carry(eqx.Module):
@@ -81,6 +72,12 @@ class _Carry(eqx.Module):
     left: Float[Array, ""]  # above a limit in a lane that is not done
     steps: Int[Array, ""]  # of this lane,
     shared: Int[Array, ""]  # and of the loop
+
+
+def _begin(y: PyTree[Array], aux: Any, left: float) -> _Carry:
+    zero = jnp.zeros((), int)
+    number = jnp.asarray(left, vs.real_dtype(y))
+    return _Carry(small.entries(y), aux, number, zero, zero)
 
 
 def _loop(
@@ -112,8 +109,8 @@ def newton_opening(
     fn: Fn, y: PyTree[Array], args: Any, aux: Any, atol: float
 ) -> Opened:
     """Newton's method until every entry of the residual *at* `y` is within `atol`."""
-    problem = _Problem(fn, args, jax.eval_shape(lambda: y), aux)
-    carry = problem.begin(y, jnp.asarray(jnp.inf, vs.real_dtype(y)))
+    problem = _Problem(fn, args, jax.eval_shape(lambda: y))
+    carry = _begin(y, aux, jnp.inf)
 
     def step(y: list[Array], left: Array) -> tuple[list[Array], Any, Array]:
         del left
@@ -133,8 +130,7 @@ def newton_opening(
         "num_restarts": jnp.zeros((), int),
     }
     start = vs.select(solved, small.from_entries(c.y, problem.struct), y)
-    aux = problem.whole(c.aux)
-    return Opened(start, aux, solved, c.steps, jnp.asarray(_STEPS), stats)
+    return Opened(start, c.aux, solved, c.steps, jnp.asarray(_STEPS), stats)
 
 
 def is_closed_form(solver: Any, y: PyTree[Array], options: dict[str, Any]) -> bool:
@@ -167,7 +163,7 @@ def small_newton(
 
     **Arguments:** `aux` is structured as that of `fn`; `max_steps` counts evaluations.
     """
-    problem = _Problem(fn, args, jax.eval_shape(lambda: y), aux)
+    problem = _Problem(fn, args, jax.eval_shape(lambda: y))
     dtype = vs.real_dtype(y)
 
     def step(y: list[Array], left: Array) -> tuple[list[Array], Any, Array]:
@@ -180,9 +176,9 @@ def small_newton(
         left = jnp.where(broken, cause, jnp.where(over, _DONE, left))
         return new, seen.aux, left.astype(dtype)
 
-    c = _loop(step, _DONE, problem.begin(y, jnp.ones((), dtype)), max_steps)
+    c = _loop(step, _DONE, _begin(y, aux, 1.0), max_steps)
     found = small.from_entries(c.y, problem.struct)
-    return Newtons(found, problem.whole(c.aux), _result(c.left), c.steps)
+    return Newtons(found, c.aux, _result(c.left), c.steps)
 
 
 def _result(left: Array) -> RESULTS:

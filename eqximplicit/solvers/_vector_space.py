@@ -85,8 +85,14 @@ def negative_conjugate(x: T) -> T:
 
 
 def zeros_like(x: T) -> T:
-    """Returns the zero vector of the space of `x` (arrays or structs)."""
-    return jtu.tree_map(lambda xi: jnp.zeros(xi.shape, xi.dtype), x)
+    """Returns zeros in place of arrays and structs, and every other leaf as it is."""
+
+    def zero(leaf: Any) -> Any:
+        if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return leaf
+
+    return jtu.tree_map(zero, x)
 
 
 def select(pred: Bool[Array, ""], x: T, y: T) -> T:

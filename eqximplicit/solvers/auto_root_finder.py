@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -25,7 +24,7 @@ from ._root_krylov import (
 from ._root_phases import is_over, Limits, read
 from ._root_vector import real_size
 from ._small_newton import is_small, newton_opening
-from ._vector_space import has_complex, one_dtype, real_dtype
+from ._vector_space import has_complex, one_dtype, real_dtype, zeros_like
 
 _Fn = Callable[[Y, Any], tuple[PyTree[Array], Aux]]
 _State = DenseState[Any] | KrylovState[Any, Any]
@@ -36,17 +35,6 @@ _ATOL, _RESOLUTION = 1e-9, 84.0
 def default_atol(dtype: Any) -> float:
     """The largest residual entry of a root: 1e-9 in float64, 1e-5 in float32."""
     return max(_ATOL, _RESOLUTION * float(jnp.finfo(dtype).eps))
-
-
-def zeros_for(struct: PyTree[Any]) -> PyTree[Any]:
-    """Zeros in place of shapes; every other leaf as it is."""
-
-    def zero(leaf: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        return leaf
-
-    return jtu.tree_map(zero, struct)
 
 
 class AutoRootFinder(
@@ -157,7 +145,7 @@ class AutoRootFinder(
         """Returns the state whose first trial is `y`; evaluates nothing."""
         del fn, args, options, tags
         _check_square(f_struct, y)
-        aux = zeros_for(aux_struct)
+        aux = zeros_like(aux_struct)
         if _fits_krylov(f_struct, y) and real_size(y) > self.krylov_above:
             return init_krylov(y, aux)
         return init_dense(y, aux)
