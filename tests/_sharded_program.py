@@ -21,7 +21,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import eqximplicit as eqi
 
-# More unknowns than the default linear solver would ever solve directly (2048).
 BATCH, FEATURES = 16, 136
 TOL = {"rtol": 1e-12, "atol": 1e-12}
 ROWS, COLUMNS, WHOLE = P("d", None), P(None, "d"), P(None, None)
@@ -273,6 +272,34 @@ def waiting():
     }
 
 
+def chain(spec, devices):
+    """A state in which neighbours see each other, by the default linear solver."""
+    mesh = jax.make_mesh((devices,), ("d",), devices=jax.devices()[:devices])
+    mesh = jax.sharding.Mesh(mesh.devices, ("d",))
+    size, coupling = 4096, 0.3
+
+    def cell(z, x):
+        wide = jnp.pad(z, 1)
+        return jnp.tanh(coupling * (wide[:-2] - wide[2:]) + x)
+
+    def fn(x):
+        layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), PICARD, throw=False)
+        return jnp.sum(layer(jnp.zeros_like(x), x) ** 2)
+
+    x = np.random.default_rng(0).normal(size=size)
+    z = np.zeros(size)
+    for _ in range(200):
+        wide = np.pad(z, 1)
+        z = np.tanh(coupling * (wide[:-2] - wide[2:]) + x)
+    # u = (2 z + Bᵀ u) (1 - z²), with B the coupling.
+    u, slope = np.zeros(size), 1 - z**2
+    for _ in range(200):
+        wide = np.pad(u, 1)
+        u = (2 * z + coupling * (wide[2:] - wide[:-2])) * slope
+    gradient = lambda x: (fn(x), (jax.grad(fn)(x),))
+    return measure(gradient, (x,), (spec,), mesh, (np.sum(z**2), (u,)))
+
+
 def host_calls(throw):
     """The custom calls of one unsharded solve."""
     layer = eqi.ImplicitFunction(
@@ -318,11 +345,14 @@ CASES = {
 
 def main():
     report = {"cases": {name: case() for name, case in CASES.items()}}
-    report["direct"] = jitted(PICARD, eqi.AutoLinearSolver(fallback_size=4096))
+    report["direct"] = jitted(PICARD, eqi.DirectLU())
+    small = eqi.AutoLinearSolver(rtol=1e-12, fallback_size=4096)
+    report["with_fallback"] = jitted(PICARD, small)
     report["two_devices"] = jitted(eqi.Anderson(**TOL), KRYLOV, devices=2)
     report["waiting"] = waiting()
     report["checked_mapping"] = checked_mapping()
     report["small_states"] = small_states()
+    report["chain"] = {devices: chain(P("d"), devices) for devices in (1, 8)}
     report["host_calls"] = {str(t): host_calls(t) for t in (False, True)}
     print(json.dumps(report))
 

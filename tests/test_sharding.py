@@ -79,6 +79,25 @@ def test_a_direct_solver_gathers_and_is_seen_to(report):
     assert f"f64[{n},{n}]" in shapes
 
 
+def test_the_default_has_no_direct_solver_over_several_devices(report):
+    case = report["with_fallback"]
+    assert {c["kind"] for c in case["collectives"]} == {"all-reduce"}
+    assert case["custom_calls"] == []
+    assert max(case["errors"]) < GRADIENT_TOL
+
+
+def test_bands_are_eliminated_on_one_device_and_never_gathered(report):
+    alone, sharded = report["chain"]["1"], report["chain"]["8"]
+    assert any("gtsv" in call for call in alone["custom_calls"])
+    assert sharded["custom_calls"] == []
+    # The function itself asks for the neighbours of what a device has.
+    kinds = {c["kind"] for c in sharded["collectives"]}
+    assert kinds == {"all-reduce", "collective-permute"}
+    assert max(c["entries"] for c in sharded["collectives"]) <= MOST_ENTRIES
+    for case in (alone, sharded):
+        assert max(case["errors"]) < 1e-5  # the tolerance of the default is 1e-7
+
+
 def test_shard_map_sends_the_loss_and_the_gradient_of_the_parameters_only(report):
     (name,) = [name for name in program.CASES if name.startswith("shard_map")]
     case = report["cases"][name]

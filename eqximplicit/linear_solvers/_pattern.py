@@ -30,6 +30,8 @@ Kind = Literal["diagonal", "tridiagonal", "banded", "sparse", "dense"]
 FALLBACK_SIZE = 1000
 # A pattern with more entries per row than this (in the mean) is called dense.
 _ENTRIES_PER_ROW = 200
+# And than this on the way, if only narrow patterns are looked for.
+_ENTRIES_IF_NARROW = 8
 # Bands wider than this are solved as general sparse matrices.
 _MAX_BAND = 16
 
@@ -160,7 +162,7 @@ def flat_size(struct: Any) -> int:
     return sum(int(np.prod(x.shape, dtype=np.int64)) for x in jtu.tree_leaves(struct))
 
 
-def _propagated(closed: jex.ClosedJaxpr, size: int) -> Pattern | None:
+def _propagated(closed: jex.ClosedJaxpr, size: int, limit: int) -> Pattern | None:
     consts = [Traced(known=known_value(c)) for c in closed.consts]
     args, start = [], 0
     for var in closed.jaxpr.invars:
@@ -168,7 +170,6 @@ def _propagated(closed: jex.ClosedJaxpr, size: int) -> Pattern | None:
         eye = sp.eye_array(count, size, k=start, dtype=bool, format="csr")
         args.append(Traced(eye))
         start += count
-    limit = max(size * size if size <= 1000 else 0, _ENTRIES_PER_ROW * size)
     outs = propagate(closed.jaxpr, consts, args, limit)
     rows = [
         sp.csr_array((flat_size(v.aval), size), dtype=bool)
@@ -234,17 +235,39 @@ def detect_structure(
             f"{flat_size(operator.out_structure())} rows and {size} columns."
         )
     closed = jax.make_jaxpr(operator.mv)(struct)
+    limit = max(size * size if size <= 1000 else 0, _ENTRIES_PER_ROW * size)
+    return _cached(closed, size, limit, size <= fallback_size)
+
+
+def narrow_structure(operator: lx.AbstractLinearOperator) -> Structure | None:
+    """The sparsity of a square operator with a few entries per row, else `None`.
+
+    At little cost: a product that mixes many entries ends the search at once.
+    """
+    struct = operator.in_structure()
+    dims = [d for leaf in jtu.tree_leaves(struct) for d in leaf.shape]
+    if not all(isinstance(d, int) for d in dims):
+        return None  # symbolic, for an export
+    closed, size = jax.make_jaxpr(operator.mv)(struct), flat_size(struct)
+    found = _cached(closed, size, _ENTRIES_IF_NARROW * size, ask=False)
+    return None if found is None or found.kind == "dense" else found
+
+
+def _cached(
+    closed: jex.ClosedJaxpr, size: int, limit: int, ask: bool
+) -> Structure | None:
     consts = tuple(_constant_key(c) for c in closed.consts)
-    ask = size <= fallback_size
-    key = (_fingerprint(closed.jaxpr), consts, ask)
+    key = (_fingerprint(closed.jaxpr), consts, limit, ask)
     if key not in _CACHE:
-        _CACHE[key] = _detect(closed, size, ask)
+        _CACHE[key] = _detect(closed, size, limit, ask)
     return _CACHE[key]
 
 
-def _detect(closed: jex.ClosedJaxpr, size: int, ask: bool) -> Structure | None:
+def _detect(
+    closed: jex.ClosedJaxpr, size: int, limit: int, ask: bool
+) -> Structure | None:
     try:
-        return Structure(size, _propagated(closed, size))
+        return Structure(size, _propagated(closed, size, limit))
     except TooDense:
         return Structure(size, None)
     except UnknownPrimitive:

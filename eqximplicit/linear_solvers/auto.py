@@ -8,10 +8,14 @@ from jaxtyping import Array
 
 from .._custom_types import PyTree
 from ._measured import AbstractMeasuredSolver, Measured
+from ._pattern import narrow_structure, Structure
+from ._placed import OnOneDevice
 from ._residual import epsilon, size, structure
+from ._small import is_placed
 from .checked import Checked
 from .dense import DirectLU, DirectSymmetric, MAX_BYTES
 from .krylov import default_rtol, HybridKrylov
+from .sparse import SparseDirect
 
 # Measured on two cores (`benchmarks/linear_solvers.py`), one right-hand side, products
 # with a dense matrix, 23 of them for Picard at a contraction of 0.5 to 1e-7:
@@ -50,9 +54,14 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     | symmetric, `n <= dense_size` | Cholesky; where singular, the pseudo-inverse |
     | other, `n <= dense_size` | LU; closed form for `n <= 3` |
     | symmetric, larger | conjugate gradients |
+    | other, larger, of at most three bands, on one device | `SparseDirect` |
     | other, larger | Picard iteration |
-    | the last two, where that fails | `n <= fallback_size`: the direct solver; |
+    | those two iterations, where they fail | `n <= fallback_size`: the direct solver; |
     | | larger: generalised conjugate residuals (GMRES) |
+
+    Bands are found in the jaxpr of the operator, at little cost; a direct solve would
+    gather a state that is sharded over several devices, so there it is not done. Wider
+    patterns are for [`eqximplicit.SparseDirect`][] by name.
 
     Under `vmap` of many right-hand sides over one operator of up to `fallback_size`
     unknowns (the columns of a Jacobian) the direct solver factorises once. A symmetric
@@ -101,12 +110,17 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
                 direct, f"{kind}, {n} unknowns (at most {self.dense_size}): {what}"
             )
         small = n <= self.fallback_size
-        solver = HybridKrylov(
+        krylov = HybridKrylov(
             rtol=self.rtol,
             max_steps=self.max_steps,
             fallback=direct if small else None,
         )
-        return Selection(solver, self._krylov_words(operator, kind, n, small))
+        words = self._krylov_words(operator, kind, n, small)
+        if not symmetric and (found := _narrow(operator)):
+            reason = f"{found.kind} by its jaxpr, {n} unknowns: elimination, O(n)"
+            solver = OnOneDevice(SparseDirect(), krylov)
+            return Selection(solver, f"{reason}; over several devices: {words}")
+        return Selection(krylov, words)
 
     def _by_structure(self, operator: lx.AbstractLinearOperator) -> Selection | None:
         if operator.in_size() == 1:
@@ -176,6 +190,15 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     def assume_full_rank(self) -> bool:
         """Whether a singular operator is a failure: not if symmetric and consistent."""
         return False
+
+
+def _narrow(operator: lx.AbstractLinearOperator) -> Structure | None:
+    """The structure of a diagonal or tridiagonal operator, else `None`."""
+    if is_placed(operator.in_structure()):
+        return None
+    found = narrow_structure(operator)
+    narrow = found is not None and found.kind in ("diagonal", "tridiagonal")
+    return found if narrow else None
 
 
 def _direct_words(symmetric: bool, n: int) -> str:

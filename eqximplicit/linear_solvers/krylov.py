@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import LinearSolver, PyTree
 from .._lanes import any_lane
+from .._placement import on_one_device
 from .._state import known
 from ._iterations import (
     conjugate_gradient,
@@ -88,9 +89,10 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     - `max_steps`: the largest number of products in each of the two phases.
     - `restart`: how many pairs of vectors the second phase keeps; with 0 there is no
         second phase, and what stagnates has failed (and is compiled faster).
-    - `fallback`: a direct solver for the second phase. It is also used instead of both
-        under `vmap` of many right-hand sides over one operator, where it factorises
-        once (the columns of a Jacobian).
+    - `fallback`: a direct solver for the second phase, on one device: it would gather
+        a state that is sharded over several. It is also used instead of both under
+        `vmap` of many right-hand sides over one operator, where it factorises once (the
+        columns of a Jacobian).
 
     **Options:**
 
@@ -190,18 +192,23 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         first = _Outcome(it.x, it.rr, it.steps, no, no)
         if self.restart == 0:
             return first
-        if self.fallback is None:
-            return jax.lax.cond(
-                any_lane(need), lambda: self._continue(system, it), lambda: first
-            )
         fallback = self.fallback
 
+        def iteratively() -> _Outcome:
+            return self._continue(system, it)
+
         def directly() -> _Outcome:
+            assert fallback is not None
             factors = fallback.init(state.operator, {})
             answer = _direct(fallback, factors, vector, options, it.steps)
             return where(need, answer, first)
 
-        return jax.lax.cond(any_lane(need), directly, lambda: first)
+        def second() -> _Outcome:
+            if fallback is None:
+                return iteratively()
+            return jax.lax.cond(on_one_device(), directly, iteratively)
+
+        return jax.lax.cond(any_lane(need), second, lambda: first)
 
     def _continue(self, system: System, it: Iterate | Found) -> _Outcome:
         system = dataclasses.replace(system, max_steps=2 * self.max_steps)
@@ -237,7 +244,11 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             shared = not any(jtu.tree_leaves(batched[0]))
             if shared and lanes >= many:
                 state: KrylovState = eqx.combine(arrays, static)
-                out = _columns(fallback, state.operator, vector, axes[1])
+                out = jax.lax.cond(
+                    on_one_device(),
+                    lambda: _columns(fallback, state.operator, vector, axes[1]),
+                    lambda: jax.vmap(one_light, tuple(axes))(arrays, vector),
+                )
             elif shared or lanes * n * n * itemsize <= FALLBACK_BYTES:
                 out = jax.vmap(one, tuple(axes))(arrays, vector)
             else:
