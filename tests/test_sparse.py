@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+import optimistix as optx
 import pytest
 
+import eqximplicit as eqi
 from eqximplicit.linear_solvers import _klu, _pattern, _sparse_plans
 from eqximplicit.linear_solvers.sparse import detect_structure, SparseDirect
 
@@ -572,3 +574,62 @@ def test_without_x64_and_with_the_configuration_untouched():
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def chain_of(n):
+    """A non-symmetric tridiagonal map that no Picard iteration could solve."""
+    draw = np.random.default_rng(n)
+    lower, middle, upper = draw.normal(size=(3, n))
+    middle = middle + 4 * np.sign(middle)
+    matrix = np.diag(middle) + np.diag(lower[1:], -1) + np.diag(upper[:-1], 1)
+
+    def mv(x):
+        wide = jnp.pad(x, 1)
+        return lower * wide[:-2] + middle * x + upper * wide[2:]
+
+    return matrix, lx.FunctionLinearOperator(mv, jax.ShapeDtypeStruct((n,), float))
+
+
+@pytest.mark.parametrize("n", [20, 33, 300])
+def test_the_default_finds_bands(n):
+    matrix, operator = chain_of(n)
+    chosen = eqi.AutoLinearSolver().select(operator)
+    assert ("tridiagonal by its jaxpr" in chosen.reason) == (n > 32)
+    solve = lambda op, b: lx.linear_solve(op, b, eqi.AutoLinearSolver()).value
+    b = np.random.default_rng(0).normal(size=(3, n))
+    found = jax.jit(lambda b: jax.vmap(lambda b: solve(operator, b))(b))(b)
+    np.testing.assert_allclose(found, np.linalg.solve(matrix, b.T).T, rtol=1e-9)
+    transposed = jax.jit(lambda b: solve(operator.T, b))(b[0])
+    np.testing.assert_allclose(transposed, np.linalg.solve(matrix.T, b[0]), rtol=1e-9)
+
+
+def test_the_default_does_not_take_a_full_matrix_for_bands():
+    matrix = np.eye(64) + 0.1 * np.random.default_rng(0).normal(size=(64, 64)) / 8
+    full = lambda x: jnp.asarray(matrix) @ x
+    operator = lx.FunctionLinearOperator(full, jax.ShapeDtypeStruct((64,), float))
+    assert "matrix-free" in eqi.AutoLinearSolver().select(operator).reason
+    _, bands = chain_of(64)
+    symmetric = lx.TaggedLinearOperator(bands, lx.symmetric_tag)
+    # It may be singular, for which elimination has no answer.
+    assert "conjugate gradients" in eqi.AutoLinearSolver().select(symmetric).reason
+
+
+def test_default_derivative_of_an_implicit_step_of_diffusion():
+    n, dt = 400, 10.0
+
+    def residual(u, k):
+        flux = k * jnp.diff(jnp.pad(u, 1))
+        return u - jnp.sin(jnp.linspace(0, 3, n)) - dt * jnp.diff(flux)
+
+    layer = eqi.ImplicitFunction(eqi.Root(residual), optx.Newton(1e-10, 1e-10))
+    k = np.random.default_rng(0).uniform(0.5, 1.5, n + 1)
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(layer(jnp.zeros(n), k) ** 2)))(k)
+
+    d = np.diff(np.eye(n + 1), axis=0)
+    pad = np.eye(n + 2, n, -1)
+    differences = np.diff(np.eye(n + 2), axis=0) @ pad
+    matrix = np.eye(n) - dt * d @ (k[:, None] * differences)
+    u = np.linalg.solve(matrix, np.sin(np.linspace(0, 3, n)))
+    adjoint = np.linalg.solve(matrix.T, 2 * u)
+    exact = dt * (d.T @ adjoint) * (differences @ u)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-6, atol=1e-9)

@@ -144,8 +144,9 @@ def inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
     """A power of two that takes a positive number to between 1 and 2.
 
     By the bits of its exponent: exact, and no division, of which XLA makes a kernel.
-    Numbers near the ends of the range, and zero, are taken part of the way, so that the
-    inverse of the power is a number too.
+    Numbers near the ends of the range are taken part of the way, so that the inverse of
+    the power is a number too. For zero it is one: XLA takes a constant factor out of an
+    inner product, as its square, which must not overflow.
     """
     info = jnp.finfo(size.dtype)
     integer = jnp.dtype(f"int{info.bits}")
@@ -156,6 +157,7 @@ def inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
     top = (1 << info.nexp) - 2
     exponent = lax.bitcast_convert_type(size, integer) & bits(top + 1)
     exponent = lax.clamp(bits(_MARGIN), exponent, bits(top - _MARGIN))
+    exponent = lax.select(size == 0, bits(top // 2), exponent)
     return lax.bitcast_convert_type(bits(top) - exponent, size.dtype)
 
 
