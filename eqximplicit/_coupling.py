@@ -9,9 +9,9 @@ other.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
-from ._reach import inner_jaxpr
+from ._reach import inner_jaxpr, inner_jaxprs
 
 # The names of their primitives.
 _COLLECTIVES = frozenset(
@@ -30,14 +30,7 @@ def _named_axes(eqn: Any) -> list[Any]:
 
 def _nested(eqn: Any) -> Iterator[Jaxpr]:
     """The jaxprs of a loop or a branch; a `shard_map` binds its axes itself."""
-    if eqn.primitive.name == "shard_map":
-        return
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item
+    return iter(()) if eqn.primitive.name == "shard_map" else inner_jaxprs(eqn)
 
 
 def _all_axes(jaxpr: Jaxpr) -> list[Any]:

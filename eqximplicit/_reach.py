@@ -1,6 +1,6 @@
 """Which inputs of a function its output depends on, read off its jaxpr."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -40,6 +40,16 @@ def inner_jaxpr(eqn: Any) -> Jaxpr | None:
         if isinstance(jaxpr, Jaxpr) and len(jaxpr.invars) == len(eqn.invars):
             return jaxpr
     return None
+
+
+def inner_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
+    """All jaxprs that an equation holds, those of loops and branches too."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
 
 
 def _blocks(eqn: Any) -> bool:

@@ -633,3 +633,21 @@ def test_default_derivative_of_an_implicit_step_of_diffusion():
     adjoint = np.linalg.solve(matrix.T, 2 * u)
     exact = dt * (d.T @ adjoint) * (differences @ u)
     np.testing.assert_allclose(gradient, exact, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("inside", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("state", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_default_takes_no_bands_from_products_of_lower_precision(state, inside):
+    def fn(y, w):
+        return (0.5 * jnp.tanh(y.astype(inside))).astype(state) + w
+
+    def total(w):
+        layer = eqi.ImplicitFunction(eqi.FixedPoint(fn), throw=False)
+        return jnp.sum(layer(jnp.zeros_like(w), w).astype(jnp.float32))
+
+    w = jnp.linspace(0.3, 0.4, 100).astype(state)
+    gradient = jax.jit(jax.grad(total))(w).astype(jnp.float64)
+    y = np.zeros(100)
+    for _ in range(100):
+        y = 0.5 * np.tanh(y) + np.linspace(0.3, 0.4, 100)
+    np.testing.assert_allclose(gradient, 1 / (1 - 0.5 / np.cosh(y) ** 2), rtol=0.02)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -9,11 +10,13 @@ from typing import Any, Literal
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 import scipy.sparse as sp
 
+from .._reach import inner_jaxprs
 from ._propagate import (
     known_value,
     Pattern,
@@ -242,15 +245,35 @@ def detect_structure(
 def narrow_structure(operator: lx.AbstractLinearOperator) -> Structure | None:
     """The sparsity of a square operator with a few entries per row, else `None`.
 
-    At little cost: a product that mixes many entries ends the search at once.
+    At little cost: a product that mixes many entries ends the search at once. `None`
+    also where products are computed in less precision than the vectors have, so that
+    entries read off them would not be those of the operator.
     """
     struct = operator.in_structure()
     dims = [d for leaf in jtu.tree_leaves(struct) for d in leaf.shape]
     if not all(isinstance(d, int) for d in dims):
         return None  # symbolic, for an export
     closed, size = jax.make_jaxpr(operator.mv)(struct), flat_size(struct)
+    if _bits(closed.jaxpr) < min(_bits_of(leaf) for leaf in jtu.tree_leaves(struct)):
+        return None
     found = _cached(closed, size, _ENTRIES_IF_NARROW * size, ask=False)
     return None if found is None or found.kind == "dense" else found
+
+
+def _bits_of(aval: Any) -> float:
+    dtype = getattr(aval, "dtype", np.dtype(bool))
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    return jnp.finfo(dtype).bits if inexact else math.inf
+
+
+def _bits(jaxpr: jex.Jaxpr) -> float:
+    """Those of the narrowest floating-point number that is computed anywhere."""
+    least = math.inf
+    for eqn in jaxpr.eqns:
+        least = min([least, *(_bits_of(var.aval) for var in eqn.outvars)])
+        for inner in inner_jaxprs(eqn):
+            least = min(least, _bits(inner))
+    return least
 
 
 def _cached(
