@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from equinox import AbstractVar
-from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
 from ._coupling import coupled_axes
@@ -122,13 +121,14 @@ def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Conditi
 
     given = aux if condition.takes_aux else None
     fn = eqx.filter_closure_convert(call, y, args, given)
-    _refuse_coupled_lanes(cast(Any, fn).jaxpr, y)
+    _refuse_coupled_lanes(cast(Any, fn), y)
     fn = _Hoisted(fn, condition.takes_aux)
     return dataclasses.replace(condition, fn=fn, has_aux=True, takes_aux=True)
 
 
-def _refuse_coupled_lanes(jaxpr: Jaxpr, y: Any) -> None:
-    if axes := coupled_axes(jaxpr, len(jtu.tree_leaves(y))):
+def _refuse_coupled_lanes(converted: Any, y: Any) -> None:
+    num_state, num_out = (len(jtu.tree_leaves(x)) for x in (y, converted.out_struct[0]))
+    if axes := coupled_axes(converted.jaxpr, num_state, num_out):
         raise ValueError(
             f"The function couples the lanes of the mapped axis {axes[0]!r} through "
             "the state, by a collective, so that no lane has a solution of its own. "

@@ -43,8 +43,59 @@ def _all_axes(jaxpr: Jaxpr) -> list[Any]:
     return found
 
 
-def _follow(jaxpr: Jaxpr, inputs: Sequence[bool], coupled: list[Any]) -> list[bool]:
-    """Which outputs depend on the state; adds to `coupled` the axes that couple it."""
+def _scan(eqn: Any, flags: list[bool], coupled: list[Any]) -> list[bool]:
+    body, first = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
+    last = first + eqn.params["num_carry"]
+    while True:
+        outs = _follow(body, flags, coupled)
+        carry = [a or b for a, b in zip(flags[first:last], outs, strict=False)]
+        if carry == flags[first:last]:
+            return outs
+        flags = [*flags[:first], *carry, *flags[last:]]
+
+
+def _while(eqn: Any, flags: list[bool], coupled: list[Any]) -> list[bool]:
+    of_cond = eqn.params["cond_nconsts"]
+    start = of_cond + eqn.params["body_nconsts"]
+    cond, body = (eqn.params[f"{name}_jaxpr"].jaxpr for name in ("cond", "body"))
+    carry = flags[start:]
+    while True:
+        ends = any(_follow(cond, flags[:of_cond] + carry, coupled))
+        outs = _follow(body, flags[of_cond:start] + carry, coupled)
+        new = [ends or a or b for a, b in zip(carry, outs, strict=True)]
+        if new == carry:
+            return carry
+        carry = new
+
+
+def _cond(eqn: Any, flags: list[bool], coupled: list[Any]) -> list[bool]:
+    branches = [branch.jaxpr for branch in eqn.params["branches"]]
+    outs = [_follow(branch, flags[1:], coupled) for branch in branches]
+    return [flags[0] or any(column) for column in zip(*outs, strict=True)]
+
+
+_LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
+
+
+def _through(eqn: Any, flags: list[bool], coupled: list[Any]) -> list[bool]:
+    """Which outputs of an equation depend on the state."""
+    inner = inner_jaxpr(eqn)
+    if inner is not None:
+        return _follow(inner, flags, coupled)
+    if eqn.primitive.name in _LOOPS:
+        return _LOOPS[eqn.primitive.name](eqn, flags, coupled)
+    coupled += _named_axes(eqn)
+    coupled += [axis for nested in _nested(eqn) for axis in _all_axes(nested)]
+    return [True] * len(eqn.outvars)
+
+
+def _follow(
+    jaxpr: Jaxpr, inputs: Sequence[bool], coupled: list[Any], live: Any = None
+) -> list[bool]:
+    """Which outputs depend on the state; adds to `coupled` the axes that couple it.
+
+    With `live` only by equations whose outputs are among these variables.
+    """
     pairs = zip(jaxpr.invars, inputs, strict=True)
     moved = {var for var, is_state in pairs if is_state}
 
@@ -53,26 +104,32 @@ def _follow(jaxpr: Jaxpr, inputs: Sequence[bool], coupled: list[Any]) -> list[bo
 
     for eqn in jaxpr.eqns:
         flags = [moves(var) for var in eqn.invars]
-        if not any(flags):
-            continue
-        inner = inner_jaxpr(eqn)
-        if inner is not None:
-            outs = _follow(inner, flags, coupled)
-        else:
-            outs = [True] * len(eqn.outvars)
-            coupled += _named_axes(eqn)
-            coupled += [axis for nested in _nested(eqn) for axis in _all_axes(nested)]
-        moved |= {var for var, out in zip(eqn.outvars, outs, strict=True) if out}
+        wanted = live is None or any(var in live for var in eqn.outvars)
+        if any(flags) and wanted:
+            outs = _through(eqn, flags, coupled)
+            pairs = zip(eqn.outvars, outs, strict=True)
+            moved |= {var for var, out in pairs if out}
     return [moves(var) for var in jaxpr.outvars]
 
 
-def coupled_axes(jaxpr: Jaxpr, num_state: int) -> list[Any]:
+def _live(jaxpr: Jaxpr, num_out: int) -> set[Any]:
+    """The variables that the first outputs need."""
+    live = {v for v in jaxpr.outvars[:num_out] if not isinstance(v, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if any(var in live for var in eqn.outvars):
+            live |= {v for v in eqn.invars if not isinstance(v, Literal)}
+    return live
+
+
+def coupled_axes(jaxpr: Jaxpr, num_state: int, num_out: int) -> list[Any]:
     """The names of the axes whose lanes a function couples through its state.
 
-    **Arguments:** the function, and how many of its inputs, the first, are the state.
+    **Arguments:** the function; how many of its inputs, the first, are the state; and
+    how many of its outputs, the first, are its value: the others are auxiliary.
     """
     coupled: list[Any] = []
     if _all_axes(jaxpr):
         num_data = len(jaxpr.invars) - num_state
-        _follow(jaxpr, [True] * num_state + [False] * num_data, coupled)
+        flags = [True] * num_state + [False] * num_data
+        _follow(jaxpr, flags, coupled, _live(jaxpr, num_out))
     return coupled

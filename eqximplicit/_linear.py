@@ -28,6 +28,8 @@ from .linear_solvers._small import inverse_power
 
 # Options that are a guess of the solution, and of that of the transposed system.
 _STARTS = ("y0", "y0_transpose")
+# The sum of the squares of so large entries is a number in float32.
+_LARGE = 2.0**30
 
 
 class LinearRule(eqx.Module):
@@ -58,18 +60,28 @@ class _Asked(NamedTuple):
 def _normalised(
     rule: LinearRule, vector: PyTree[Array], options: dict[str, Any]
 ) -> _Asked:
-    """The question in other units, so that its square does not underflow to none.
+    """The question in other units, so that its square is a number, and not zero.
 
-    By powers of two, which are exact. Our own solvers know no absolute tolerance, and
-    float64 has the range for squares.
+    By a power of two, which is exact: up to order one, and down from where squares
+    overflow, but no further, for small entries would underflow. So an absolute
+    tolerance is one relative to a largest entry below one. Where there is none, float64
+    has the range as it is.
     """
     largest = max_abs(vector)
     wide = jnp.finfo(largest.dtype).bits >= 64
-    if wide and isinstance(rule.solver, AbstractMeasuredSolver):
+    relative = isinstance(rule.solver, AbstractMeasuredSolver) and _is_zero(
+        getattr(rule.solver, "atol", 0.0)
+    )
+    if wide and relative:
         return _Asked(vector, options, None)
-    unit = inverse_power(largest)
+    power = inverse_power(largest)
+    unit = jnp.maximum(power, jnp.minimum(power * _LARGE, 1))
     given = {key: scale(unit, options[key]) for key in _STARTS if key in options}
     return _Asked(scale(unit, vector), {**options, **given}, inverse_power(unit))
+
+
+def _is_zero(atol: Any) -> bool:
+    return isinstance(atol, (int, float)) and atol == 0
 
 
 def _answer(rule: LinearRule, state: Any, asked: _Asked) -> Measured:
@@ -218,9 +230,9 @@ def differentiable_linear_solve(
     - `claim`: what was claimed of `at`.
 
     **Returns:** `x`, structured as `vector`. All NaN where the solver failed, the
-    solution is not finite, `rule.trusted` is false or `claim` is contradicted. A zero
-    `b` is answered by zero: always in the transposed solve, in the forward one unless
-    the operator is singular.
+    solution is not finite (but for entries that overflow in the end), `rule.trusted` is
+    false or `claim` is contradicted. A zero `b` is answered by zero: always in the
+    transposed solve, in the forward one unless the operator is singular.
     """
     c_leaves, linearised_at = flatten((coefficients, at))
     b_leaves, b_tree = jtu.tree_flatten(vector)

@@ -30,7 +30,20 @@ def exchanged(y, x):
     return jnp.tanh(x + 0.2 * jax.lax.ppermute(y, "batch", [(0, 1), (1, 0)]))
 
 
-@pytest.mark.parametrize("cell", [normalised, in_a_loop, in_a_call, exchanged])
+def in_a_branch(y, x):
+    far = lambda y: 0.1 * jax.lax.pmean(y, "batch")
+    return jnp.tanh(x + jax.lax.cond(y[0] > 0, far, lambda y: y, y))
+
+
+def while_it_lasts(y, x):
+    step = lambda c: (c[0] + 1, 0.1 * jax.lax.pmean(c[1], "batch"))
+    return jnp.tanh(x + jax.lax.while_loop(lambda c: c[0] < 3, step, (0, y))[1])
+
+
+COUPLED = normalised, in_a_loop, in_a_call, in_a_branch, while_it_lasts, exchanged
+
+
+@pytest.mark.parametrize("cell", COUPLED)
 def test_coupled_lanes_are_refused(cell):
     layer = eqi.ImplicitFunction(eqi.FixedPoint(cell))
     solve = jax.vmap(lambda x: layer(jnp.zeros(3), x), axis_name="batch")
@@ -67,6 +80,42 @@ def test_a_collective_of_anything_but_the_state_is_data():
         return jnp.sum(y**2)
 
     np.testing.assert_allclose(gradient, jax.grad(unrolled)(jnp.asarray(X)), rtol=1e-6)
+
+
+def mean_in_a_loop(y, x):
+    step = lambda _, c: 0.3 * c + jax.lax.pmean(x, "batch")
+    return jax.lax.fori_loop(0, 2, step, y)
+
+
+def mean_while_it_lasts(y, x):
+    step = lambda c: (c[0] + 1, 0.3 * c[1] + jax.lax.pmean(x, "batch"))
+    return jax.lax.while_loop(lambda c: c[0] < 2, step, (0, y))[1]
+
+
+def mean_in_a_branch(y, x):
+    mean = lambda y: 0.3 * (0.3 * y + jax.lax.pmean(x, "batch"))
+    return jax.lax.cond(x[0] > -9, mean, lambda y: y, y) + jax.lax.pmean(x, "batch")
+
+
+@pytest.mark.parametrize(
+    "cell", [mean_in_a_loop, mean_while_it_lasts, mean_in_a_branch]
+)
+def test_data_may_be_averaged_beside_the_state(cell):
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), throw=False)
+    solved = jax.vmap(lambda x: layer(jnp.zeros(3), x), axis_name="batch")(X)
+    # y = 0.09 y + 1.3 mean
+    exact = np.broadcast_to(1.3 / 0.91 * X.mean(0, keepdims=True), X.shape)
+    np.testing.assert_allclose(solved, exact, atol=1e-7)
+
+
+def test_auxiliary_output_may_be_averaged():
+    def cell(y, x):
+        return 0.3 * y + x, jax.lax.pmean(y, "batch")
+
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), has_aux=True, throw=False)
+    solve = lambda x: layer.solve(jnp.zeros(3), x)
+    solution = jax.vmap(solve, axis_name="batch")(X)
+    np.testing.assert_allclose(solution.value, X / 0.7, atol=1e-7)
 
 
 def test_a_loss_averaged_over_lanes_is_refused_too():

@@ -66,3 +66,15 @@ def test_a_warm_start_is_taken_to_the_same_units():
     gradient = jax.jit(jax.grad(lambda x, s: s * jnp.sum(layer(jnp.zeros_like(x), x))))
     small, one = gradient(x, jnp.float32(1e-25)), gradient(x, jnp.float32(1.0))
     np.testing.assert_allclose(small * 1e25, one, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 5, 50])
+def test_entries_of_very_different_size_are_kept(n):
+    weights = jnp.zeros(n, jnp.float32).at[0].set(1e10).at[1].set(1e-29)
+
+    def total(w):
+        y = eqi.implicit_solution(eqi.Root(lambda y, w: y - w), jnp.ones_like(w), w)
+        return jnp.sum(y * weights)
+
+    gradient = jax.jit(jax.grad(total))(jnp.ones(n, jnp.float32))
+    np.testing.assert_allclose(gradient, weights, rtol=1e-5)

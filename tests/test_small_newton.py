@@ -113,3 +113,24 @@ def test_a_batch_of_pairs_is_no_batch_of_factorisations():
     assert "lapack" not in lines(NEWTON)
     # Where optimistix's own way is asked for, it is taken.
     assert "lapack" in lines(optx.Newton(1e-9, 1e-9, linear_solver=lx.QR()))
+
+
+def test_what_a_lane_returns_does_not_depend_on_its_neighbours():
+    fn = lambda y, a: (y**2 - a, 3 * y)
+    layer = eqi.ImplicitFunction(eqi.Root(fn), NEWTON, throw=False, has_aux=True)
+    solve = jax.jit(jax.vmap(lambda y0, a: layer.solve(y0, a)))
+    # The second needs more steps, the third has a singular start.
+    beside = solve(jnp.array([1.0, 50.0, 0.0]), jnp.array([2.0, 7.0, 1.0]))
+    for lane, (y0, a) in enumerate([(1.0, 2.0), (50.0, 7.0), (0.0, 1.0)]):
+        alone = solve(jnp.array([y0]), jnp.array([a]))
+        assert beside.aux[lane] == alone.aux[0] or np.isnan(alone.aux[0])
+        codes = jax.tree.leaves(beside.result), jax.tree.leaves(alone.result)
+        assert [x[lane] for x in codes[0]] == [x[0] for x in codes[1]]
+
+
+def test_a_pseudo_inverse_that_is_asked_for_is_taken():
+    fn = lambda y, _: jnp.stack([y[0] + y[1] - 2, 2 * (y[0] + y[1]) - 4])
+    solver = optx.Newton(1e-8, 1e-8, linear_solver=lx.AutoLinearSolver(None))
+    least = optx.Newton(1e-8, 1e-8, linear_solver=lx.AutoLinearSolver(False))
+    assert quiet(fn, solver).solve(jnp.zeros(2)).result == eqi.RESULTS.singular
+    np.testing.assert_allclose(quiet(fn, least)(jnp.zeros(2)), 1.0, atol=1e-8)

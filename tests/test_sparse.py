@@ -651,3 +651,22 @@ def test_default_takes_no_bands_from_products_of_lower_precision(state, inside):
     for _ in range(100):
         y = 0.5 * np.tanh(y) + np.linspace(0.3, 0.4, 100)
     np.testing.assert_allclose(gradient, 1 / (1 - 0.5 / np.cosh(y) ** 2), rtol=0.02)
+
+
+def test_default_asks_the_iterations_where_elimination_has_no_answer():
+    # A condition number of 5e5 is beyond what bands in float32 are trusted with.
+    n = 2000
+    x = np.sin(np.pi * np.arange(1, n + 1) / (n + 1))
+
+    def residual(y, w):
+        wide = jnp.pad(y, 1)
+        return 2 * y - wide[:-2] - wide[2:] - w
+
+    def total(w):
+        root = eqi.implicit_solution(eqi.Root(residual), jnp.zeros_like(w), w)
+        return jnp.sum(root * jnp.asarray(x, w.dtype))
+
+    gradient = jax.jit(jax.grad(total))(jnp.zeros(n, jnp.float32))
+    # A sine is an eigenvector.
+    exact = x / (4 * np.sin(np.pi / (2 * (n + 1))) ** 2)
+    np.testing.assert_allclose(gradient, exact, rtol=0.05, atol=0.01 * exact.max())

@@ -4,7 +4,7 @@ import copy
 import importlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -35,6 +35,9 @@ FALLBACK_SIZE = 1000
 _ENTRIES_PER_ROW = 200
 # And than this on the way, if only narrow patterns are looked for.
 _ENTRIES_IF_NARROW = 8
+# Unknowns times operations: about a second.
+_MOST_WORK = 3 * 10**7
+_MOST_CACHED = 256
 # Bands wider than this are solved as general sparse matrices.
 _MAX_BAND = 16
 
@@ -250,11 +253,15 @@ def narrow_structure(operator: lx.AbstractLinearOperator) -> Structure | None:
     entries read off them would not be those of the operator.
     """
     struct = operator.in_structure()
-    dims = [d for leaf in jtu.tree_leaves(struct) for d in leaf.shape]
-    if not all(isinstance(d, int) for d in dims):
+    closed = jax.make_jaxpr(operator.mv)(struct)
+    avals = list(_avals(closed.jaxpr))
+    if not all(isinstance(d, int) for aval in avals for d in aval.shape):
         return None  # symbolic, for an export
-    closed, size = jax.make_jaxpr(operator.mv)(struct), flat_size(struct)
-    if _bits(closed.jaxpr) < min(_bits_of(leaf) for leaf in jtu.tree_leaves(struct)):
+    size = flat_size(struct)
+    if size * len(avals) > _MOST_WORK:
+        return None
+    wanted = min(_bits_of(leaf) for leaf in jtu.tree_leaves(struct))
+    if min(map(_bits_of, avals)) < wanted:
         return None
     found = _cached(closed, size, _ENTRIES_IF_NARROW * size, ask=False)
     return None if found is None or found.kind == "dense" else found
@@ -266,14 +273,15 @@ def _bits_of(aval: Any) -> float:
     return jnp.finfo(dtype).bits if inexact else math.inf
 
 
-def _bits(jaxpr: jex.Jaxpr) -> float:
-    """Those of the narrowest floating-point number that is computed anywhere."""
-    least = math.inf
+def _avals(jaxpr: jex.Jaxpr) -> Iterator[Any]:
+    """The types of all arrays that are given or computed anywhere."""
+    for var in (*jaxpr.constvars, *jaxpr.invars):
+        yield var.aval
     for eqn in jaxpr.eqns:
-        least = min([least, *(_bits_of(var.aval) for var in eqn.outvars)])
+        for var in eqn.outvars:
+            yield var.aval
         for inner in inner_jaxprs(eqn):
-            least = min(least, _bits(inner))
-    return least
+            yield from _avals(inner)
 
 
 def _cached(
@@ -282,6 +290,8 @@ def _cached(
     consts = tuple(_constant_key(c) for c in closed.consts)
     key = (_fingerprint(closed.jaxpr), consts, limit, ask)
     if key not in _CACHE:
+        if len(_CACHE) >= _MOST_CACHED:
+            _CACHE.pop(next(iter(_CACHE)))
         _CACHE[key] = _detect(closed, size, limit, ask)
     return _CACHE[key]
 

@@ -1,15 +1,18 @@
-"""A direct solver for what is on one device, and another one for what is not."""
+"""A direct solver for what is on one device, and another one for the rest."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array
 
 from .._custom_types import PyTree
+from .._lanes import any_lane
 from .._placement import on_one_device
 from ._measured import AbstractMeasuredSolver, Measured
+from ._residual import where
 
 
 class PlacedState(eqx.Module):
@@ -20,9 +23,9 @@ class PlacedState(eqx.Module):
 
 
 class OnOneDevice(AbstractMeasuredSolver[PlacedState]):
-    """`direct` on one device, `otherwise` for a state that may be sharded.
+    """`direct` on one device, where it has an answer; `otherwise` in any other case.
 
-    The compiler decides, and compiles one of the two.
+    Of a program for several devices the compiler drops the direct solver.
     """
 
     direct: AbstractMeasuredSolver[Any]
@@ -40,17 +43,24 @@ class OnOneDevice(AbstractMeasuredSolver[PlacedState]):
         self, state: PlacedState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:
         """Returns the solution, its result, and its measured `residual_norm`."""
+        dtype = jtu.tree_leaves(vector)[0].dtype
 
         def by(solver: AbstractMeasuredSolver[Any], state: Any) -> Measured:
             found = solver.answer(state, vector, options)
-            stats = {"residual_norm": found.stats["residual_norm"]}
+            stats = {"residual_norm": found.stats["residual_norm"].astype(dtype)}
             return Measured(found.x, found.asked, found.good, found.result, stats)
 
-        return jax.lax.cond(
-            on_one_device(),
-            lambda: by(self.direct, state.direct),
-            lambda: by(self.otherwise, state.otherwise),
-        )
+        def otherwise() -> Measured:
+            return by(self.otherwise, state.otherwise)
+
+        def directly() -> Measured:
+            found = by(self.direct, state.direct)
+            need = found.asked & ~found.good
+            return jax.lax.cond(
+                any_lane(need), lambda: where(need, otherwise(), found), lambda: found
+            )
+
+        return jax.lax.cond(on_one_device(), directly, otherwise)
 
     def transpose(
         self, state: PlacedState, options: dict[str, Any]

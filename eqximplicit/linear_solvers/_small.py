@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from .._custom_types import PyTree, ShapeDtypeStruct
 
 LARGEST = 3
-_MARGIN = 27  # of the exponents of a dtype, at both ends
+_MARGIN = 27  # of the exponents of a dtype at both ends, or a quarter of them
 
 Scalars = list[Array]
 Rows = list[list[Array]]
@@ -156,7 +156,8 @@ def inverse_power(size: Float[Array, ""]) -> Float[Array, ""]:
 
     top = (1 << info.nexp) - 2
     exponent = lax.bitcast_convert_type(size, integer) & bits(top + 1)
-    exponent = lax.clamp(bits(_MARGIN), exponent, bits(top - _MARGIN))
+    margin = min(_MARGIN, top // 4)
+    exponent = lax.clamp(bits(margin), exponent, bits(top - margin))
     exponent = lax.select(size == 0, bits(top // 2), exponent)
     return lax.bitcast_convert_type(bits(top) - exponent, size.dtype)
 
@@ -201,8 +202,12 @@ def solve(rows: Rows, b: Scalars) -> Scalars:
     units = [_unit(row) for row in rows]
     rows = [_scaled(u, row) for u, row in zip(units, rows, strict=True)]
     b = [x for u, a in zip(units, b, strict=True) for x in _scaled(u, [a])]
-    adjugate, determinant, _ = _cofactors(rows)
-    return _scaled(lax.reciprocal(determinant), times(adjugate, b))
+    columns = transposed(rows)
+    units = [_unit(column) for column in columns]
+    columns = [_scaled(u, c) for u, c in zip(units, columns, strict=True)]
+    adjugate, determinant, _ = _cofactors(transposed(columns))
+    x = _scaled(lax.reciprocal(determinant), times(adjugate, b))
+    return [x for u, a in zip(units, x, strict=True) for x in _scaled(u, [a])]
 
 
 class SmallState(eqx.Module):

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array
 
@@ -60,8 +61,9 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     | | larger: generalised conjugate residuals (GMRES) |
 
     Bands are found in the jaxpr of the operator, at little cost; a direct solve would
-    gather a state that is sharded over several devices, so there it is not done. Wider
-    patterns are for [`eqximplicit.SparseDirect`][] by name.
+    gather a state that is sharded over several devices, so there it is not done. Where
+    elimination has no answer, the iterations are asked as well. Wider patterns are for
+    [`eqximplicit.SparseDirect`][] by name.
 
     Under `vmap` of many right-hand sides over one operator of up to `fallback_size`
     unknowns (the columns of a Jacobian) the direct solver factorises once. A symmetric
@@ -78,7 +80,7 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
         zero; see [`eqximplicit.DirectSymmetric`][].
     - `max_steps`: the largest number of products in each phase of a matrix-free solve.
     - `dense_size`: the largest number of unknowns solved directly at once.
-    - `fallback_size`: the largest number of unknowns solved directly at all.
+    - `fallback_size`: the largest number of unknowns for a dense factorisation.
     - `max_bytes`: the largest matrix that is materialised, in bytes per lane.
 
     **Options:** those of the chosen solver.
@@ -194,7 +196,8 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
 
 def _narrow(operator: lx.AbstractLinearOperator) -> Structure | None:
     """The structure of a diagonal or tridiagonal operator, else `None`."""
-    if is_placed(operator.in_structure()):
+    struct = operator.in_structure()
+    if is_placed(struct) or epsilon(struct) > jnp.finfo(jnp.float32).eps:
         return None
     found = narrow_structure(operator)
     narrow = found is not None and found.kind in ("diagonal", "tridiagonal")

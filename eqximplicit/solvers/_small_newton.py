@@ -95,6 +95,7 @@ def _loop(
 
     def body(c: _Carry) -> _Carry:
         y, aux, left = step(c.y, c.left)
+        aux = vs.select(c.left > limit, aux, c.aux)
         steps = jnp.where(c.left > limit, c.steps + 1, c.steps)
         return _Carry(y, aux, left, steps, c.shared + 1)
 
@@ -139,7 +140,10 @@ def is_closed_form(solver: Any, y: PyTree[Array], options: dict[str, Any]) -> bo
         return False
     if not solver.cauchy_termination or solver.norm is not optx.max_norm:
         return False
-    return isinstance(solver.linear_solver, _DIRECT)
+    # lineax's own choice means least squares there, if told that it may be singular.
+    linear_solver = solver.linear_solver
+    direct = type(linear_solver) in _DIRECT
+    return direct and getattr(linear_solver, "well_posed", None) is not False
 
 
 class Newtons(NamedTuple):
@@ -166,15 +170,15 @@ def small_newton(
     problem = _Problem(fn, args, jax.eval_shape(lambda: y))
     dtype = vs.real_dtype(y)
 
-    def step(y: list[Array], left: Array) -> tuple[list[Array], Any, Array]:
+    def step(y: list[Array], before: Array) -> tuple[list[Array], Any, Array]:
         seen = problem.look(y)
-        new = _moved(left > 0, y, seen.move)
+        new = _moved(before > _DONE, y, seen.move)
         nothing = [jnp.zeros_like(f) for f in seen.f]
         over = _within(solver, seen.move, new) & _within(solver, seen.f, nothing)
         cause = jnp.where(jnp.isfinite(small.largest(seen.f)), _SINGULAR, _NONFINITE)
         broken = ~jnp.isfinite(small.largest(new))
-        left = jnp.where(broken, cause, jnp.where(over, _DONE, left))
-        return new, seen.aux, left.astype(dtype)
+        now = jnp.where(broken, cause, jnp.where(over, _DONE, before))
+        return new, seen.aux, jnp.where(before > _DONE, now.astype(dtype), before)
 
     c = _loop(step, _DONE, _begin(y, aux, 1.0), max_steps)
     found = small.from_entries(c.y, problem.struct)

@@ -88,7 +88,7 @@ def zeros_like(x: T) -> T:
     """Returns zeros in place of arrays and structs, and every other leaf as it is."""
 
     def zero(leaf: Any) -> Any:
-        if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+        if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
             return jnp.zeros(leaf.shape, leaf.dtype)
         return leaf
 
