@@ -21,7 +21,7 @@ from ._claim import Claim, is_saddle
 from ._custom_types import LinearSolver, PyTree
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
-from ._state import max_abs, nonzero_and_finite, stop_gradient
+from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
 from .linear_solvers._residual import dot, scale
 from .linear_solvers._small import inverse_power
@@ -67,14 +67,13 @@ def _normalised(
     tolerance is one relative to a largest entry below one. Where there is none, float64
     has the range as it is.
     """
-    largest = max_abs(vector)
-    wide = jnp.finfo(largest.dtype).bits >= 64
+    wide = jnp.finfo(real_dtype(vector)).bits >= 64
     relative = isinstance(rule.solver, AbstractMeasuredSolver) and _is_zero(
         getattr(rule.solver, "atol", 0.0)
     )
     if wide and relative:
         return _Asked(vector, options, None)
-    power = inverse_power(largest)
+    power = inverse_power(max_abs(vector))
     unit = jnp.maximum(power, jnp.minimum(power * _LARGE, 1))
     given = {key: scale(unit, options[key]) for key in _STARTS if key in options}
     return _Asked(scale(unit, vector), {**options, **given}, inverse_power(unit))

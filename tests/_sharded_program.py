@@ -20,6 +20,7 @@ import optimistix as optx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import eqximplicit as eqi
+from eqximplicit._placement import on_one_device
 
 BATCH, FEATURES = 16, 136
 TOL = {"rtol": 1e-12, "atol": 1e-12}
@@ -300,6 +301,25 @@ def chain(spec, devices):
     return measure(gradient, (x,), (spec,), mesh, (np.sum(z**2), (u,)))
 
 
+def placements():
+    """What the compiler says of programs for one device and for several."""
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)
+    split = jax.device_put(jnp.zeros(8), NamedSharding(mesh, P("d")))
+    answer = lambda x: x + on_one_device().astype(x.dtype)
+
+    def mapped(axes):
+        specs = {"in_specs": P("d"), "out_specs": P("d"), "axis_names": axes}
+        return jax.shard_map(answer, mesh=mesh, check_vma=False, **specs)
+
+    found = {
+        "one": jax.jit(answer)(jnp.zeros(8)),
+        "several": jax.jit(answer)(split),
+        "mapped": jax.jit(mapped({"d", "e"}))(split),
+        "mapped in part": jax.jit(mapped({"d"}))(split),
+    }
+    return {name: float(jnp.max(x)) for name, x in found.items()}
+
+
 def host_calls(throw):
     """The custom calls of one unsharded solve."""
     layer = eqi.ImplicitFunction(
@@ -353,6 +373,7 @@ def main():
     report["checked_mapping"] = checked_mapping()
     report["small_states"] = small_states()
     report["chain"] = {devices: chain(P("d"), devices) for devices in (1, 8)}
+    report["placements"] = placements()
     report["host_calls"] = {str(t): host_calls(t) for t in (False, True)}
     print(json.dumps(report))
 

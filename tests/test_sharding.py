@@ -86,6 +86,11 @@ def test_the_default_has_no_direct_solver_over_several_devices(report):
     assert max(case["errors"]) < GRADIENT_TOL
 
 
+def test_a_program_knows_whether_its_data_is_on_one_device(report):
+    expected = {"one": 1, "several": 0, "mapped": 1, "mapped in part": 0}
+    assert report["placements"] == expected
+
+
 def test_bands_are_eliminated_on_one_device_and_never_gathered(report):
     alone, sharded = report["chain"]["1"], report["chain"]["8"]
     assert any("gtsv" in call for call in alone["custom_calls"])

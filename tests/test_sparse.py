@@ -526,7 +526,7 @@ def nothing_installed(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(_klu, "_LOADED", {})
     monkeypatch.setattr(_pattern, "_CACHE", {})
-    monkeypatch.setattr(_sparse_plans, "_PLANS", {})
+    _sparse_plans.plan_for.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing_installed")

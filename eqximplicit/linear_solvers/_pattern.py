@@ -37,7 +37,7 @@ _ENTRIES_PER_ROW = 200
 _ENTRIES_IF_NARROW = 8
 # Unknowns times operations: about a second.
 _MOST_WORK = 3 * 10**7
-_MOST_CACHED = 256
+MOST_CACHED = 256
 # Bands wider than this are solved as general sparse matrices.
 _MAX_BAND = 16
 
@@ -255,7 +255,7 @@ def narrow_structure(operator: lx.AbstractLinearOperator) -> Structure | None:
     struct = operator.in_structure()
     closed = jax.make_jaxpr(operator.mv)(struct)
     avals = list(_avals(closed.jaxpr))
-    if not all(isinstance(d, int) for aval in avals for d in aval.shape):
+    if not all(isinstance(d, int) for x in avals for d in getattr(x, "shape", ())):
         return None  # symbolic, for an export
     size = flat_size(struct)
     if size * len(avals) > _MOST_WORK:
@@ -288,12 +288,17 @@ def _cached(
     closed: jex.ClosedJaxpr, size: int, limit: int, ask: bool
 ) -> Structure | None:
     consts = tuple(_constant_key(c) for c in closed.consts)
-    key = (_fingerprint(closed.jaxpr), consts, limit, ask)
-    if key not in _CACHE:
-        if len(_CACHE) >= _MOST_CACHED:
-            _CACHE.pop(next(iter(_CACHE)))
-        _CACHE[key] = _detect(closed, size, limit, ask)
-    return _CACHE[key]
+    name = _fingerprint(closed.jaxpr), consts
+    # What is found holds whatever was looked for; that nothing is, for this search.
+    for key in (name, (name, limit, ask)):
+        if key in _CACHE:
+            return _CACHE[key]
+    found = _detect(closed, size, limit, ask)
+    if len(_CACHE) >= MOST_CACHED:
+        _CACHE.pop(next(iter(_CACHE)))
+    none = found is None or found.kind == "dense"
+    _CACHE[(name, limit, ask) if none else name] = found
+    return found
 
 
 def _detect(

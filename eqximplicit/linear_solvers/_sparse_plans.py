@@ -17,7 +17,7 @@ from .._state import every, peak
 from ._blocks import Blocks
 from ._coloring import bands, colour, Colouring, MISSING
 from ._klu import klu, klu_solve
-from ._pattern import Structure
+from ._pattern import MOST_CACHED, Structure
 
 Backend = Literal["auto", "klu", "blocks"]
 
@@ -317,21 +317,12 @@ def _both_ways(structure: Structure) -> tuple[Blocks, Blocks]:
     return Blocks(structure), Blocks(structure.transpose())
 
 
-_PLANS: dict[tuple[Structure, Backend], AbstractPlan] = {}
-
-
+@functools.lru_cache(maxsize=MOST_CACHED)
 def plan_for(structure: Structure, backend: Backend) -> AbstractPlan:
-    """The plan of a pattern: made once, the same object ever after.
+    """The plan of a pattern: made once, and shared.
 
     **Raises:** `ImportError` when an optional dependency is needed and missing.
     """
-    key = (structure, backend)
-    if key not in _PLANS:
-        _PLANS[key] = _plan(structure, backend)
-    return _PLANS[key]
-
-
-def _plan(structure: Structure, backend: Backend) -> AbstractPlan:
     if structure.kind == "diagonal":
         return DiagonalPlan(structure)
     if structure.kind == "tridiagonal":

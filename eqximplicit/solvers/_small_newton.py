@@ -196,8 +196,8 @@ def _result(left: Array) -> RESULTS:
 
 def _within(solver: Any, x: list[Array], y: list[Array]) -> Bool[Array, ""]:
     """Whether every entry of `x` is small by the tolerances of a solver, at `y`."""
-    small = [
+    flags = [
         jnp.abs(xi) < solver.atol + solver.rtol * jnp.abs(yi)
         for xi, yi in zip(x, y, strict=True)
     ]
-    return functools.reduce(lax.bitwise_and, small)
+    return functools.reduce(lax.bitwise_and, flags)
