@@ -164,7 +164,7 @@ def iterate(
         return _in_closed_form(run, y)
     opened = _opened(run, y) if plain else None
     if opened is None:
-        return _iterated(run, y, jnp.zeros((), int), while_loop)
+        return _iterated(run, y, while_loop)
     return _continued(run, opened)
 
 
@@ -201,7 +201,7 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     arrays, static = eqx.partition(finished, _is_arraylike)
 
     def go_on() -> Any:
-        outcome = _iterated(run, opened.y, opened.budget, lax_while_loop)
+        outcome = _iterated(run, opened.y, lax_while_loop, opened)
         return chosen(opened.solved, arrays, eqx.filter(outcome, _is_arraylike))
 
     # Under `vmap` the solver is started if any lane needs it.
@@ -214,13 +214,17 @@ def _is_arraylike(x: Any) -> bool:
 
 
 def _iterated(
-    run: Run, y: PyTree[Array], num_steps: Int[Array, ""], while_loop: WhileLoop
+    run: Run, y: PyTree[Array], while_loop: WhileLoop, opened: Opened | None = None
 ) -> Outcome:
     solver, fn, args, options = run.solver, run.fn, run.args, run.options
     record = None if run.watch is None else run.watch.begin(real_dtype(y))
     f_struct, aux_struct = fn.out_struct(y, args)
     residual_struct, fn_aux_struct = aux_struct
     state = solver.init(fn, y, args, options, f_struct, aux_struct, fn.tags)
+    num_steps = jnp.zeros((), int)
+    if opened is not None:
+        assert isinstance(solver, AbstractOpening)
+        (y, state), num_steps = solver.continued(y, state, opened), opened.budget
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
     aux, residual = filled(fn_aux_struct, 0), filled(residual_struct, jnp.inf)
     carry = _Carry(y, state_arrays, residual, aux, num_steps, record)

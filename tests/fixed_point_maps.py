@@ -263,3 +263,21 @@ MAPS: tuple[FixedPointMap, ...] = (
     expectation_maximisation(),
     riccati(),
 )
+
+# The evaluations of `scipy.optimize.anderson` (1.17) for an absolute tolerance of 1e-8.
+SCIPY = {
+    "contractive (Kepler)": 28,
+    "slow (rate 0.99)": 751,
+    "expansive (logistic)": 11,
+    "repelling (exp)": 15,
+    "DEQ cell (norm 1.5)": 55,
+    "SCF": 14,
+    "implicit Euler": 9,
+    "PageRank": 186,
+    "Markov chain": 97,
+    "Chandrasekhar H": 16,
+    "Sinkhorn": 13,
+    "value iteration (0.99)": 114,
+    "EM (mixture)": 31,
+    "Riccati": 124,
+}

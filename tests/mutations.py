@@ -25,6 +25,7 @@ ZERO = "tests/test_rule.py -k 'zero_right_hand_side or untrusted'"
 BATCH = "tests/test_rule.py -k 'batch or lane or vmap'"
 FACTORS = "tests/test_linear_solvers.py -k 'transpose'"
 CLAIM = "tests/test_claim.py -k 'hardly_moves or only_the_lane'"
+SMALL = "tests/test_small_cotangents.py"
 MINIMUM = "tests/test_rule.py -k 'parameters_in_the_condition or closed_form_forwards'"
 
 
@@ -162,9 +163,23 @@ MUTANTS = [
     Mutant(
         "NaN where nobody asks",
         "_linear.py",
-        "return _solved(rule, found, found.asked, wrong)",
-        "return _solved(rule, found, jnp.asarray(True), wrong)",
+        "return _solved(rule, found, asked.back, found.asked, wrong)",
+        "return _solved(rule, found, asked.back, jnp.asarray(True), wrong)",
         ZERO,
+    ),
+    Mutant(
+        "answer left in the units of the question",
+        "_linear.py",
+        "found.x if back is None else scale(back, found.x)",
+        "found.x",
+        SMALL,
+    ),
+    Mutant(
+        "guess left in the units of the caller",
+        "_linear.py",
+        "{key: scale(unit, options[key]) for key in _STARTS if key in options}",
+        "{key: options[key] for key in _STARTS if key in options}",
+        SMALL,
     ),
     Mutant(
         "transposed factors used as they are",
@@ -208,18 +223,23 @@ def passes(place: Path, tests: str) -> bool:
     return run.returncode == 0
 
 
+def mutated(mutant: Mutant, place: Path) -> str:
+    """The source with the change, which must fit exactly one place of it."""
+    text = (place / "eqximplicit" / mutant.file).read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(
+            f"{mutant.name}: `{mutant.old}` occurs {text.count(mutant.old)} times "
+            f"in {mutant.file}, not once. Update `tests/mutations.py`."
+        )
+    return text.replace(mutant.old, mutant.new)
+
+
 def survives(mutant: Mutant) -> bool:
     """Whether the tests pass although the source is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         place = copied(Path(folder))
-        source = place / "eqximplicit" / mutant.file
-        text = source.read_text()
-        if text.count(mutant.old) != 1:
-            raise SystemExit(
-                f"{mutant.name}: `{mutant.old}` occurs {text.count(mutant.old)} times "
-                f"in {mutant.file}, not once. Update `tests/mutations.py`."
-            )
-        source.write_text(text.replace(mutant.old, mutant.new))
+        text = mutated(mutant, place)
+        (place / "eqximplicit" / mutant.file).write_text(text)
         return passes(place, mutant.tests)
 
 

@@ -11,7 +11,14 @@ import numpy as np
 import optimistix as optx
 import pytest
 import scipy.optimize
-from fixed_point_maps import cast, FixedPointMap, kepler, MAPS, policy_iteration
+from fixed_point_maps import (
+    cast,
+    FixedPointMap,
+    kepler,
+    MAPS,
+    policy_iteration,
+    SCIPY,
+)
 from jax.flatten_util import ravel_pytree
 
 from eqximplicit._solution import RESULTS
@@ -48,23 +55,6 @@ each_solver = pytest.mark.parametrize(
     "solver",
     ["auto", *(pytest.param(name, marks=slow) for name in ("anderson", "good", "bad"))],
 )
-# The evaluations of `scipy.optimize.anderson` (1.17) for the same tolerance.
-SCIPY = {
-    "contractive (Kepler)": 28,
-    "slow (rate 0.99)": 751,
-    "expansive (logistic)": 11,
-    "repelling (exp)": 15,
-    "DEQ cell (norm 1.5)": 55,
-    "SCF": 14,
-    "implicit Euler": 9,
-    "PageRank": 186,
-    "Markov chain": 97,
-    "Chandrasekhar H": 16,
-    "Sinkhorn": 13,
-    "value iteration (0.99)": 114,
-    "EM (mixture)": 31,
-    "Riccati": 124,
-}
 
 
 def solve(p: FixedPointMap, solver, dtype=jnp.float64, max_steps: int = 256):

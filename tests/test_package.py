@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import mutations
+
 import eqximplicit as eqi
 
 
@@ -24,3 +26,9 @@ def test_every_public_name_has_a_docstring():
     assert len(own) > 30
     for name, thing in own:
         assert (thing.__doc__ or "").strip(), name
+
+
+def test_every_mutant_fits_the_source():
+    # The mutants run in a session of their own; here only that none has become stale.
+    for mutant in mutations.MUTANTS:
+        assert mutations.mutated(mutant, mutations.ROOT)

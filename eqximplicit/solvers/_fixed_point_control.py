@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from . import _history as hist, _packed as pk, _verdict as verdict
@@ -94,7 +95,8 @@ def unpacked(vector: Float[Array, " n"]) -> Control:
     return pk.unpacked(Control, vector)
 
 
-def _packed(control: Control) -> Float[Array, " n"]:
+def pack(control: Control) -> Float[Array, " n"]:
+    """The control as one vector."""
     return packed(control, control.size.dtype)
 
 
@@ -119,15 +121,14 @@ class Numbers(eqx.Module):
 
 def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:
     """Returns the packed control before the first evaluation."""
-    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    start = Control(*[zero for _ in dataclasses.fields(Control)])
-    infinite = [
+    infinite = {
         "reference", "anchor_merit", "start_merit", "best_merit", "best_residual",
         "best_error", "best_floor", "merit_at_rescue",
-    ]  # fmt: skip
-    unit = ["step_size", "mixing", "size", "amplification"]
-    changes = dict.fromkeys(infinite, one * jnp.inf) | dict.fromkeys(unit, one)
-    return _packed(changed(start, **changes))
+    }  # fmt: skip
+    unit = {"step_size", "mixing", "size", "amplification"}
+    names = [f.name for f in dataclasses.fields(Control)]
+    values = [np.inf if f in infinite else float(f in unit) for f in names]
+    return jnp.asarray(np.array(values), dtype)
 
 
 def _judged(control: Control, seen: Numbers) -> Control:
@@ -290,7 +291,7 @@ def after(
     forget = control.from_start + control.from_best > 0
     turn = hist.turn(control.used, control.newest, window, control.keep > 0, forget)
     control = changed(control, slot=turn.slot, used=turn.used, newest=turn.newest)
-    return settled(_packed(_next_trial(control, window)), vector)
+    return settled(pack(_next_trial(control, window)), vector)
 
 
 class Proposal(eqx.Module):
@@ -325,4 +326,4 @@ def with_proposal(vector: Float[Array, " n"], proposal: Proposal) -> Float[Array
         newton=(control.newton > 0) | (probed & ~new),
         ending=where(converged, int(Ending.CONVERGED), control.ending),
     )
-    return _packed(control)
+    return pack(control)

@@ -15,16 +15,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
 from . import _vector_space as vs
+from ._packed import packed, unpacked, widened
 from ._verdict import Tolerance
 
 Fn = Callable[[Any, Any], tuple[Any, Any]]
-# After `k` plain steps the residual must be at most `SLACK * RATE**k` of what it was: a
-# robust solver needs half as many steps as plain iteration at that rate.
-SLACK, RATE = 2.0, 0.5
+# A robust solver needs half as many steps as plain iteration at this rate. A step at a
+# greater one adds to the delay, at most this much each: one bad step is an accident, a
+# second one in a row is too much.
+RATE, LATE, TOO_LATE = 0.5, 1.3, 1.4
 # One digit beyond the tolerance, unless that is below so many roundings.
 DIGIT, ROUNDINGS = 0.1, 16.0
 # A budget below this is not shared with an opening.
@@ -41,6 +44,7 @@ class Opened(eqx.Module):
     - `num_steps`: the evaluations of the function so far,
     - `budget`: and those that count against `max_steps`, whatever other lanes did.
     - `stats`: where `solved`, the statistics that the robust solver would report.
+    - `seen`: what the robust solver can start with besides `y`.
     """
 
     y: PyTree[Array]
@@ -49,6 +53,7 @@ class Opened(eqx.Module):
     num_steps: Int[Array, ""]
     budget: Int[Array, ""]
     stats: dict[str, Any]
+    seen: Any = None
 
 
 class AbstractOpening(eqx.Module):
@@ -63,28 +68,62 @@ class AbstractOpening(eqx.Module):
         `aux` is structured as the auxiliary output of `fn`.
         """
 
+    def continued(
+        self, y: PyTree[Array], state: Any, opened: Opened
+    ) -> tuple[PyTree[Array], Any]:
+        """Returns the next trial point, and the state that knows what has been seen.
 
-class _Contraction(eqx.Module):
-    """Two iterates in a row, of which the residual of the first is known."""
+        Without an opening these are `y`, where it starts, and the `state` of `init`.
+        """
+        del opened
+        return y, state
 
+
+class Iterates(eqx.Module):
+    """Two iterates of plain iteration in a row; `ahead` is still to be evaluated.
+
+    **Attributes:**
+
+    - `start`: where it all began.
+    - `y`, `ahead`: the last iterate that has been evaluated, and its image.
+    - `last_aux`, `aux`: the auxiliary output of the function before `y` and at `y`.
+    - `numbers`: how the iteration does, packed.
+    """
+
+    start: PyTree[Array]
     y: PyTree[Array]
     ahead: PyTree[Array]
+    last_aux: Any
     aux: Any
-    error: Float[Array, ""]  # the residual of `y`, in units of the tolerance,
-    before: Float[Array, ""]  # and that of the iterate before
-    bound: Float[Array, ""]  # what it must not exceed
-    steps: Int[Array, ""]
-    target: float = eqx.field(static=True)
+    numbers: Float[Array, " numbers"]
 
     @property
-    def contracts(self) -> Bool[Array, ""]:
-        return (self.error > 0) & (self.error <= self.bound)
+    def progress(self) -> "Progress":
+        return unpacked(Progress, self.numbers)
+
+
+class Progress(eqx.Module):
+    """The numbers of plain iteration; its errors are in units of the tolerance."""
+
+    before: Array  # the residual before `y`,
+    error: Array  # and at `y`
+    delay: Array  # of `error`, as a factor, behind a good contraction
+    steps: Array
 
     @property
-    def solved(self) -> Bool[Array, ""]:
+    def contracts(self) -> Array:
+        good = (self.error <= self.before) & (self.delay <= TOO_LATE)
+        return (self.error > 0) & good
+
+    def solved(self, target: float) -> Array:
         # |r| / (1 - rate) < target, with the rate |r| / |r before|; no division.
-        slack = self.target * (self.before - self.error)
+        slack = target * (self.before - self.error)
         return (self.error == 0) | (self.error * self.before < slack)
+
+    def after(self, error: Array) -> "Progress":
+        late = jnp.minimum(error / (RATE * self.error), LATE)
+        delay = jnp.maximum(self.delay * late, 1)
+        return Progress(self.error, error, delay, self.steps + 1)
 
 
 def picard(
@@ -100,31 +139,32 @@ def picard(
     The error is the residual over $1 - \rho$ for a residual that shrinks by $\rho$. It
     is that of the point returned: its image is the next iterate.
     """
+    dtype, target = vs.real_dtype(y), _target(tolerance, vs.resolution(y))
 
-    def unfinished(c: _Contraction) -> Bool[Array, ""]:
-        wanted = c.contracts & ~c.solved
-        return wanted if max_steps is None else wanted & (c.steps < max_steps)
+    def unfinished(c: Iterates) -> Bool[Array, ""]:
+        wanted = c.progress.contracts & ~c.progress.solved(target)
+        return wanted if max_steps is None else wanted & (c.progress.steps < max_steps)
 
-    def step(c: _Contraction) -> _Contraction:
+    def step(c: Iterates) -> Iterates:
         image, aux = fn(c.ahead, args)
         error = tolerance.measure(vs.minus(image, c.ahead), c.ahead)
-        bound = RATE * jnp.minimum(c.bound, SLACK / RATE * error)
-        steps = c.steps + 1
-        return _Contraction(c.ahead, image, aux, error, c.error, bound, steps, target)
+        progress, error = widened((c.progress, error), c.numbers)
+        numbers = packed(progress.after(error), dtype)
+        return Iterates(y, c.ahead, image, c.aux, aux, numbers)
 
-    infinite, zero = jnp.asarray(jnp.inf, vs.real_dtype(y)), jnp.zeros((), int)
-    target = _target(tolerance, vs.resolution(y))
-    begun = _Contraction(y, y, aux, infinite, infinite, infinite, zero, target)
-    c = jax.lax.while_loop(unfinished, step, begun)
-    usable = (c.error < c.before) | (c.error < 1)
+    begun = jnp.asarray([np.inf, np.inf, 1.0, 0.0], dtype)
+    c = jax.lax.while_loop(unfinished, step, Iterates(y, y, y, aux, aux, begun))
+    progress = c.progress
+    usable = (progress.error < progress.before) | (progress.error < 1)
+    solved, steps = progress.solved(target), progress.steps.astype(int)
     residual = vs.minus(c.ahead, c.y)
     stats = {
-        "residual_norm": vs.norm_of(tolerance.norm, residual, infinite.dtype),
-        "scaled_error": c.error,
+        "residual_norm": vs.norm_of(tolerance.norm, residual, dtype),
+        "scaled_error": progress.error,
         "num_rescues": jnp.zeros((), jnp.int32),
     }
-    start = vs.select(c.solved, c.y, vs.select(usable, c.ahead, y))
-    return Opened(start, c.aux, c.solved, c.steps, c.steps, stats)
+    start = vs.select(solved, c.y, vs.select(usable, c.ahead, y))
+    return Opened(start, c.aux, solved, steps, steps, stats, c)
 
 
 def _target(tolerance: Tolerance, eps: float) -> float:

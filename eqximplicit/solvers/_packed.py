@@ -12,8 +12,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Float
+
+from . import _vector_space as vs
 
 T = TypeVar("T")
 Record = TypeVar("Record", bound=eqx.Module)
@@ -30,10 +31,7 @@ def packed(record: eqx.Module, dtype: Any) -> Float[Array, " n"]:
     names = [f.name for f in dataclasses.fields(record)]
     n = len(names)
     fields = [jnp.broadcast_to(getattr(record, f), (n,)).astype(dtype) for f in names]
-    out = fields[0]
-    for i, field in enumerate(fields[1:], 1):
-        out = jax.lax.select(np.arange(n) == i, field, out)
-    return out
+    return vs.merged(fields)
 
 
 def unpacked(kind: type[Record], vector: Float[Array, " n"]) -> Record:

@@ -126,13 +126,28 @@ def in_one(scalars: Sequence[Array]) -> Array:
     kernel, where it makes a kernel of each operand of a concatenation. A kernel takes
     some 10 ms to compile.
     """
-    first, *others = scalars
-    shape = (len(scalars), *first.shape)
-    out = jnp.broadcast_to(first, shape)
-    for i, scalar in enumerate(others, 1):
-        here = jax.lax.broadcast_in_dim(np.arange(shape[0]) == i, shape, (0,))
-        out = jax.lax.select(here, jnp.broadcast_to(scalar, shape), out)
+    shape = (len(scalars), *scalars[0].shape)
+    return merged([jnp.broadcast_to(x, shape) for x in scalars])
+
+
+def merged(arrays: Sequence[Array]) -> Array:
+    """Returns the array whose row `i` is that of array `i`."""
+    out, *others = arrays
+    row = _rows(out)
+    for i, array in enumerate(others, 1):
+        out = lax.select(lax.eq(row, lax.full_like(row, i)), array, out)
     return out
+
+
+def _rows(x: Array) -> Array:
+    """The numbers of the rows, as if they depended on the entries of `x`.
+
+    A mask that is a constant costs a little in every call of the program, and one that
+    is the same in each turn of a loop is a kernel of its own before that loop.
+    """
+    rows = lax.broadcasted_iota(np.int32, x.shape, 0)
+    always = lax.bitwise_or(lax.eq(x, x), lax.ne(x, x))
+    return lax.select(always, rows, lax.full_like(rows, 0))
 
 
 def apart(stack: Array) -> list[Array]:

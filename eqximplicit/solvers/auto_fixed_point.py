@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from .._solution import Aux, RESULTS, Y
 from . import _history as hist, _vector_space as vs, _verdict as verdict
+from ._fixed_point_continued import Continued, continued
 from ._fixed_point_control import (
     after,
     at_start,
@@ -67,7 +68,7 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
 
     A step is one evaluation of `fn`. A layer opens with plain iteration from `y0`, as
     long as that halves the residual per step on average; where it does not, that has
-    cost up to seven evaluations. `optimistix.fixed_point` opens with nothing.
+    cost up to four evaluations. `optimistix.fixed_point` opens with nothing.
 
     1. *Anderson acceleration* over the last `window` secant pairs. Each pair is
        believed as far as the last prediction of the residual was right at the distance
@@ -224,12 +225,33 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
         """Returns the outcome of plain iteration, as far as that contracts well."""
         return picard(fn, y, args, aux, self._tolerance(y), max_steps)
 
+    def continued(self, y: Any, state: Any, opened: Opened) -> tuple[Any, Any]:
+        """Returns the step after the opening, from where that came, if it can be used.
+
+        Otherwise nothing is known, and `y` is where it started.
+        """
+        found = continued(opened.seen)
+        return vs.select(found.known, (found.trial, _resumed(state, found)), (y, state))
+
     def _tolerance(self, y: Y) -> verdict.Tolerance:
         return verdict.tolerance(self.rtol, self.atol, self.norm, y)
 
 
 def _points(*rows: Y) -> _Points[Y]:
     return _Points(jtu.tree_map(lambda *leaves: vs.in_one(leaves), *rows))
+
+
+def _resumed(state: _State[Any], found: Continued) -> _State[Any]:
+    """The state after `init`, with what the opening has found."""
+    (y, residual), (best, best_residual, best_aux) = found.anchor, found.best
+    return _State(
+        points=_points(y, residual, best, best_residual, y, residual),
+        best_aux=best_aux,
+        history=state.history,
+        explained=state.explained,
+        factor=state.factor,
+        control=found.control(state.control),
+    )
 
 
 def _best(state: _State[Y]) -> verdict.Best[Y]:

@@ -1,0 +1,133 @@
+"""What the default fixed-point solver makes of an opening that did not get there."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._custom_types import PyTree
+from . import _vector_space as vs, _verdict as verdict
+from ._fixed_point_control import GROWTH, Kind, MIN_MIXING, pack, unpacked
+from ._opening import Iterates, Progress
+from ._packed import changed, settled, where, widened
+
+LONGEST = 4.0  # of Aitken's step, in residuals
+
+
+class Numbers(eqx.Module):
+    """The last plain step of an opening; of an opening of two evaluations, all of it.
+
+    **Attributes:** the iteration; the length of the last residual; and, where there was
+    but one before it, those of its change and of that one, which is the distance.
+    """
+
+    progress: Progress
+    merit: Array
+    change: Array
+    distance: Array
+
+    @property
+    def known(self) -> Array:
+        """Whether this is a place to go on from: finite, and no growth to reject."""
+        finite = jnp.isfinite(self.merit + self.change + self.distance)
+        return finite & (self.progress.error <= GROWTH * self.progress.before)
+
+    @property
+    def both(self) -> Array:
+        return self.progress.steps == 2
+
+    @property
+    def better(self) -> Array:
+        """Whether the last residual is the smallest of which the point is known."""
+        return ~self.both | (self.merit <= self.distance)
+
+    @property
+    def slope(self) -> Array:
+        """The distance per change of the residual, 1 where that is not known."""
+        ratio = self.distance / where(self.change > 0, self.change, 1)
+        return where(self.both & (self.change > 0), ratio, 1)
+
+    @property
+    def mixing(self) -> Array:
+        return jnp.clip(self.slope, MIN_MIXING, 1)
+
+    @property
+    def share(self) -> Array:
+        """How much of the change the residual is, by the law of cosines."""
+        product = (self.merit - self.distance) * (self.merit + self.distance)
+        square = where(self.change > 0, self.change**2, jnp.inf)
+        return where(self.both, (1 + product / square) / 2, 0)
+
+    @property
+    def stride(self) -> Array:
+        """How much of the residual the next step takes."""
+        before, error = self.progress.before, self.progress.error
+        aitken = before / jnp.maximum(before - error, before / LONGEST)
+        return where(self.both, self.mixing, aitken)
+
+
+class Continued(eqx.Module):
+    """Where to go on from, and where to.
+
+    **Attributes:** the next trial point; the last point and the best one, with residual
+    and (the best one) auxiliary output; and what is known of them.
+    """
+
+    trial: PyTree[Array]
+    anchor: tuple[PyTree[Array], PyTree[Array]]
+    best: tuple[PyTree[Array], PyTree[Array], Any]
+    numbers: Numbers
+
+    @property
+    def known(self) -> Bool[Array, ""]:
+        return self.numbers.known
+
+    def control(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
+        """Returns the packed control before the trial, from that before the start."""
+        floor = verdict.in_roundings(self.best[1], self.best[0])
+        return _control(vector, self.numbers, floor)
+
+
+def continued(seen: Iterates) -> Continued:
+    """Returns the Anderson step after two evaluations, and Aitken's after more.
+
+    Of more, only the last one is still there, and the error is taken to lie along the
+    residual. The pair of both is not kept: that costs more to compile than it saves.
+    """
+    start, y, residual = seen.start, seen.y, vs.minus(seen.ahead, seen.y)
+    dy = vs.minus(y, start)
+    dr = vs.minus(residual, dy)
+    lengths = vs.lengths([residual, dr, dy], vs.real_dtype(y))
+    numbers = Numbers(seen.progress, *lengths)
+
+    first, last = (start, dy, seen.last_aux), (y, residual, seen.aux)
+    best = vs.select(numbers.better, last, first)
+    rest = vs.add_scaled(residual, -numbers.share, dr)
+    trial = vs.add_scaled(y, -numbers.share, dy)
+    trial = vs.add_scaled(trial, numbers.stride, rest)
+    return Continued(trial, (y, residual), best, numbers)
+
+
+def _control(
+    vector: Float[Array, " n"], numbers: Numbers, floor: Array
+) -> Float[Array, " n"]:
+    arguments = (unpacked(vector), numbers, floor)
+    control, numbers, floor = widened(arguments, vector)
+    better, progress = numbers.better, numbers.progress
+    merit = where(better, numbers.merit, numbers.distance)
+    error = where(better, progress.error, progress.before)
+    amplification = jnp.maximum(numbers.slope, 1)
+    changes = {
+        "kind": jnp.full_like(merit, int(Kind.PLAIN)),
+        "mixing": numbers.mixing,
+        "amplification": amplification,
+        "reference": merit,
+        "anchor_merit": numbers.merit,
+        "start_merit": numbers.merit,
+        "best_merit": merit,
+        "best_residual": error,
+        "best_error": error * amplification,
+        "best_floor": floor,
+    }
+    return settled(pack(changed(control, **changes)), vector)
