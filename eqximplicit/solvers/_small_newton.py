@@ -173,8 +173,10 @@ def small_newton(
     def step(y: list[Array], before: Array) -> tuple[list[Array], Any, Array]:
         seen = problem.look(y)
         new = _moved(before > _DONE, y, seen.move)
+        # The step as it was taken: no quotient in it has to be found a second time.
+        step = [a - b for a, b in zip(y, new, strict=True)]
         nothing = [jnp.zeros_like(f) for f in seen.f]
-        over = _within(solver, seen.move, new) & _within(solver, seen.f, nothing)
+        over = _within(solver, step, new) & _within(solver, seen.f, nothing)
         cause = jnp.where(jnp.isfinite(small.largest(seen.f)), _SINGULAR, _NONFINITE)
         broken = ~jnp.isfinite(small.largest(new))
         now = jnp.where(broken, cause, jnp.where(over, _DONE, before))
