@@ -137,3 +137,61 @@ def test_unrolled_derivative_has_no_opening():
     )
     slope = jax.jit(jax.grad(lambda a: layer(jnp.array(1.5), a)))(2.0)
     np.testing.assert_allclose(slope, jax.grad(by_hand)(2.0), rtol=1e-6)
+
+
+def tripling(y, a):
+    """Expansive: -3 is the slope at the fixed point; the residual grows at first."""
+    return a - 3 * y + 0.1 * jnp.sin(y), jnp.stack([y, 2 * y])
+
+
+@pytest.mark.parametrize("max_steps", [32, 256])
+def test_what_the_opening_hands_on_is_solved_with_its_aux(max_steps):
+    y0 = jnp.array([1.0, -2.0, 0.3])
+    found = eqi.fixed_point(
+        tripling, y0, 2.0, max_steps=max_steps, has_aux=True, throw=False
+    )
+    assert found.result == eqi.RESULTS.successful
+    residual = 2.0 - 4 * found.value + 0.1 * np.sin(found.value)
+    np.testing.assert_allclose(residual, 0, atol=1e-7)
+    np.testing.assert_array_equal(found.aux, jnp.stack([found.value, 2 * found.value]))
+
+
+def nowhere(y, a):
+    """No fixed point: the residual is at least `a`, and 0.05 more at the start."""
+    return y + a + 0.05 * y**2, y
+
+
+def test_a_failed_solve_returns_nothing_worse_than_the_start_nor_a_foreign_aux():
+    y0 = jnp.array(1.0)
+    found = eqi.fixed_point(nowhere, y0, 1.0, has_aux=True, throw=False)
+    assert found.result != eqi.RESULTS.successful
+    residual = lambda y: np.abs(1 + 0.05 * np.asarray(y) ** 2)
+    assert residual(found.value) <= residual(y0)
+    assert found.aux == found.value
+    np.testing.assert_allclose(found.stats["residual_norm"], residual(found.value))
+
+
+def test_lanes_that_leave_the_opening_at_different_steps_are_solved_alone():
+    # Contractive, slow, expansive, and one that overflows at once.
+    slopes = jnp.array([0.1, 0.97, -2.5, -0.8, 1e200])
+    fn = lambda y, slope: slope * y + 1 + 0.01 * jnp.cos(y)
+    y0 = jnp.array([0.5, 1e150])
+    layer = quiet(eqi.FixedPoint(fn))
+    solve = jax.jit(jax.vmap(lambda s: layer.solve(y0, s)))
+    together = solve(slopes)
+    for lane, slope in enumerate(slopes[:4]):
+        alone = solve(slope[None])
+        np.testing.assert_array_equal(together.value[lane], alone.value[0])
+        if alone.result == eqi.RESULTS.successful:
+            y = np.asarray(alone.value[0])
+            np.testing.assert_allclose(fn(y, slope), y, rtol=1e-7)
+    steps = np.asarray(together.stats["num_steps"])
+    assert len(set(steps[:4].tolist())) > 1
+
+
+def test_a_complex_state_goes_on_from_its_opening():
+    # A rotation by a right angle, stretched: the residual neither shrinks nor is real.
+    fn = lambda y, a: 1.2j * y + a * jnp.cos(0.1 * y)
+    found = eqi.fixed_point(fn, jnp.array([1.0 + 1.0j, 0.5j]), 1.0, throw=False)
+    assert found.result == eqi.RESULTS.successful
+    np.testing.assert_allclose(fn(found.value, 1.0), found.value, rtol=1e-7)
