@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree, ShapeDtypeStruct
+from ._reduce import largest
 
 T = TypeVar("T")
 _Struct = jax.ShapeDtypeStruct | Array
@@ -229,7 +230,7 @@ def every(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
     As a maximum: XLA makes one kernel of that for the CPU, and three of `jnp.all`.
     """
     zero = lax.full_like(flags, 0, jnp.float32)
-    return jnp.max(lax.select(flags, zero, zero + 1), initial=0) == 0
+    return largest(lax.select(flags, zero, zero + 1)) == 0
 
 
 def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
@@ -251,9 +252,8 @@ def peak(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, ".
     """
     size = lax.abs(x)
     size = lax.select(lax.ne(size, size), lax.full_like(size, jnp.inf), size)
-    largest = jnp.max(size, axis=axis, initial=0)
-    finite = lax.is_finite(largest)
-    return lax.select(finite, largest, lax.full_like(largest, jnp.nan))
+    top = largest(size, axis)
+    return lax.select(lax.is_finite(top), top, lax.full_like(top, jnp.nan))
 
 
 def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:

@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._reduce import total
 from .._state import num_entries
 from . import _vector_space as vs
 
@@ -49,7 +50,7 @@ def dots(stack: Y, y: Y, dtype: jnp.dtype) -> Float[Array, " slots"]:
     def leaf(s: Array, yi: Array) -> Array:
         if num_entries(s) <= _SMALL:
             product = jnp.real(jnp.conj(s) * yi[None])
-            return jnp.sum(product, axis=tuple(range(1, s.ndim))).astype(dtype)
+            return total(product, range(1, s.ndim)).astype(dtype)
         axes = (list(range(1, s.ndim)), list(range(yi.ndim)))
         product = jnp.tensordot(jnp.conj(s), yi, axes, precision=_EXACT)
         return jnp.real(product).astype(dtype)
@@ -63,7 +64,7 @@ def combine(coefficients: Float[Array, " slots"], stack: Y) -> Y:
     def leaf(s: Array) -> Array:
         if num_entries(s) <= _SMALL:
             weights = coefficients.astype(s.dtype)
-            return jnp.sum(weights.reshape(-1, *[1] * (s.ndim - 1)) * s, axis=0)
+            return total(weights.reshape(-1, *[1] * (s.ndim - 1)) * s, 0)
         return jnp.tensordot(coefficients.astype(s.dtype), s, 1, precision=_EXACT)
 
     return jtu.tree_map(leaf, stack)

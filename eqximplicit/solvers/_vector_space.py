@@ -19,6 +19,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._reduce import total
 from .._state import every, max_abs, num_entries
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def dot(x: Any, y: Any, dtype: jnp.dtype) -> Float[Array, ""]:
     """Returns the real inner product `Re <x, y>`, summed in `dtype`."""
 
     def leaf(xi: Array, yi: Array) -> Array:
-        return jnp.sum(jnp.real(jnp.conj(xi) * yi)).astype(dtype)
+        return total(jnp.real(jnp.conj(xi) * yi)).astype(dtype)
 
     terms: list[Array] = jtu.tree_leaves(jtu.tree_map(leaf, x, y))
     return ft.reduce(jnp.add, terms, jnp.zeros((), dtype))
@@ -163,7 +164,7 @@ def lengths(xs: Sequence[Any], dtype: jnp.dtype) -> list[Float[Array, ""]]:
     def leaf(*parts: Array) -> Array:
         stack = jax.lax.stop_gradient(in_one(parts))
         axes = tuple(range(1, stack.ndim))
-        return jnp.sum(jnp.real(jnp.conj(stack) * stack), axis=axes).astype(dtype)
+        return total(jnp.real(jnp.conj(stack) * stack), axes).astype(dtype)
 
     terms: list[Array] = jtu.tree_leaves(jtu.tree_map(leaf, *xs))
     return apart(jnp.sqrt(ft.reduce(jnp.add, terms, jnp.zeros(len(xs), dtype))))

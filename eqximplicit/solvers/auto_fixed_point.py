@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Scalar
 
+from .._reduce import total
 from .._solution import Aux, RESULTS, Y
 from . import _history as hist, _vector_space as vs, _verdict as verdict
 from ._fixed_point_continued import Continued, continued
@@ -293,7 +294,7 @@ def _learn(state: _State[Y], y: Y, aux: Any, seen: _Seen[Y]) -> _State[Y]:
     missed = jnp.where(history.filled, cross / history.lengths, 0)
     missed = missed + unpacked(state.control).step_size * state.explained
     missed = hist.half_solve(state.factor, missed)
-    missed = jnp.sqrt(jnp.sum(missed**2))
+    missed = jnp.sqrt(total(missed**2))
 
     numbers = dataclasses.replace(seen.numbers, missed=missed)
     vector = after(unpacked(state.control), numbers, history.window, state.control)
@@ -344,7 +345,7 @@ def _propose(tolerance: verdict.Tolerance, state: _State[Y]) -> tuple[Y, _State[
     filled = history.filled & ~(probing & (history.slots == history.newest))
     penalty = jnp.minimum((control.curvature * history.distance) ** 2, 1)
     fit = hist.fit(history, target, jnp.where(probing, 0, penalty), filled)
-    reach = jnp.sqrt(jnp.sum((fit.weights * history.distance) ** 2))
+    reach = jnp.sqrt(total((fit.weights * history.distance) ** 2))
     explained = jnp.where(filled, fit.explained, 0)
 
     back = hist.combine(fit.coefficients, history.dy)
