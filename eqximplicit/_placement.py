@@ -35,9 +35,13 @@ def _is_local(axis_context: Any) -> bool:
     return mesh is not None and set(manual) == set(mesh.axis_names)
 
 
+def is_for_one_device(ctx: Any) -> bool:
+    """The same as seen by the lowering of a primitive, from its context."""
+    return _is_local(getattr(ctx.module_context, "axis_context", None))
+
+
 def _lowered(ctx: Any) -> Any:
-    context = getattr(ctx.module_context, "axis_context", None)
-    constant = lambda: jnp.full((), _is_local(context))
+    constant = lambda: jnp.full((), is_for_one_device(ctx))
     return mlir.lower_fun(constant, multiple_results=False)(ctx)
 
 

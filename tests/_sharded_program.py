@@ -273,18 +273,19 @@ def waiting():
     }
 
 
-def chain(spec, devices):
+def chain(spec, devices, size=4096, solver=None):
     """A state in which neighbours see each other, by the default linear solver."""
     mesh = jax.make_mesh((devices,), ("d",), devices=jax.devices()[:devices])
     mesh = jax.sharding.Mesh(mesh.devices, ("d",))
-    size, coupling = 4096, 0.3
+    coupling = 0.3
+    solver = PICARD if solver is None else solver
 
     def cell(z, x):
         wide = jnp.pad(z, 1)
         return jnp.tanh(coupling * (wide[:-2] - wide[2:]) + x)
 
     def fn(x):
-        layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), PICARD, throw=False)
+        layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), solver, throw=False)
         return jnp.sum(layer(jnp.zeros_like(x), x) ** 2)
 
     x = np.random.default_rng(0).normal(size=size)
@@ -373,6 +374,8 @@ def main():
     report["checked_mapping"] = checked_mapping()
     report["small_states"] = small_states()
     report["chain"] = {devices: chain(P("d"), devices) for devices in (1, 8)}
+    auto = eqi.AutoFixedPoint(**TOL)
+    report["short_chain"] = {n: chain(P("d"), 8, n, auto) for n in (40, 504)}
     report["placements"] = placements()
     report["host_calls"] = {str(t): host_calls(t) for t in (False, True)}
     print(json.dumps(report))

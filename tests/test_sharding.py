@@ -103,6 +103,15 @@ def test_bands_are_eliminated_on_one_device_and_never_gathered(report):
         assert max(case["errors"]) < 1e-5  # the tolerance of the default is 1e-7
 
 
+def test_few_entries_are_added_up_where_they_are(report):
+    # On one device that is done one by one, or in two stages (`_reduce.py`).
+    for case in report["short_chain"].values():
+        kinds = {c["kind"] for c in case["collectives"]}
+        assert kinds == {"all-reduce", "collective-permute"}
+        assert max(c["entries"] for c in case["collectives"]) <= MOST_ENTRIES
+        assert max(case["errors"]) < 1e-5
+
+
 def test_shard_map_sends_the_loss_and_the_gradient_of_the_parameters_only(report):
     (name,) = [name for name in program.CASES if name.startswith("shard_map")]
     case = report["cases"][name]

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._reduce import is_few, total
 from .._state import num_entries
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ def dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
 
 
 def _leaf_dot(a: Array, b: Array) -> Float[Array, ""]:
+    if a.ndim == 1 and is_few(a, 0):
+        return total(lax.mul(a, b))
     every = tuple(range(a.ndim))
     dimensions = ((every, every), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
