@@ -15,6 +15,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
+from .._packed import packed, unpacked
 from ._residual import add, dot, epsilon, minus, scale, where, within, zeros_like
 
 Vector = PyTree[Array]
@@ -24,6 +25,8 @@ Vector = PyTree[Array]
 PICARD_RATE = 0.7
 # A Krylov cycle must shrink the true residual to this part of itself, or it stagnates.
 CYCLE_RATE = 0.9
+# Steps that are counted in a vector of other numbers: float32 counts as far as this.
+_COUNTED = 2**24 - 1
 
 
 class System(eqx.Module):
@@ -73,14 +76,22 @@ class Found(NamedTuple):
     steps: Int[Array, ""]
 
 
+class _Progress(eqx.Module):
+    rr: Float[Array, ""]
+    before: Float[Array, ""]  # of the iterate before
+    steps: Array
+
+
 class _Picard(eqx.Module):
     """Two iterates in a row, of which the residual of the first is known."""
 
     x: Vector
     ahead: Vector
-    rr: Float[Array, ""]
-    before: Float[Array, ""]  # of the iterate before
-    steps: Int[Array, ""]
+    numbers: Float[Array, " numbers"]
+
+    @property
+    def progress(self) -> _Progress:
+        return unpacked(_Progress, self.numbers)
 
 
 def picard(
@@ -94,21 +105,26 @@ def picard(
     own: that of `x` yields the next iterate.
     """
     first = start(system, warm)
+    dtype = jnp.promote_types(first.rr.dtype, jnp.float32)
+    max_steps = min(system.max_steps, _COUNTED)
 
     def unfinished(c: _Picard) -> Bool[Array, ""]:
-        wanted = ~system.solved(c.rr) & (c.steps < system.max_steps)
-        return wanted & goes_on(c.rr, c.before)
+        now = c.progress
+        wanted = ~system.solved(now.rr) & (now.steps < max_steps)
+        return wanted & goes_on(now.rr, now.before)
 
     def step(c: _Picard) -> _Picard:
         r = minus(system.b, system.mv(c.ahead))
         ahead = add(c.ahead, system.precondition(r))
-        return _Picard(c.ahead, ahead, dot(r, r), c.rr, c.steps + 1)
+        now = _Progress(dot(r, r), c.progress.rr, c.progress.steps + 1)
+        return _Picard(c.ahead, ahead, packed(now, dtype))
 
     ahead = add(first.x, system.precondition(first.r))
-    infinite = jnp.full_like(first.rr, jnp.inf)
-    begun = _Picard(first.x, ahead, first.rr, infinite, first.steps)
-    last = jax.lax.while_loop(unfinished, step, begun)
-    return Found(last.x, last.rr, last.steps)
+    begun = _Progress(first.rr, jnp.full_like(first.rr, jnp.inf), first.steps)
+    init = _Picard(first.x, ahead, packed(begun, dtype))
+    last = jax.lax.while_loop(unfinished, step, init)
+    rr, steps = last.progress.rr, last.progress.steps
+    return Found(last.x, rr.astype(first.rr.dtype), steps.astype(int))
 
 
 def contracts(rr: Float[Array, ""], before: Float[Array, ""]) -> Bool[Array, ""]:

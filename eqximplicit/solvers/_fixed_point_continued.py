@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
+from .._packed import changed, settled, where, widened
 from . import _vector_space as vs, _verdict as verdict
 from ._fixed_point_control import GROWTH, Kind, MIN_MIXING, pack, unpacked
 from ._opening import Iterates, Progress
-from ._packed import changed, settled, where, widened
 
 LONGEST = 4.0  # of Aitken's step, in residuals
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from . import _history as hist, _packed as pk, _verdict as verdict
-from ._packed import changed, packed, settled, where, widened
+from .. import _packed as pk
+from .._packed import changed, packed, settled, where, widened
+from . import _history as hist, _verdict as verdict
 
 T = TypeVar("T")
 GROWTH = 10.0  # a residual this much larger than the best is a rejected step

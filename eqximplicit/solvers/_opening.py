@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
+from .._packed import packed, unpacked, widened
 from . import _vector_space as vs
-from ._packed import packed, unpacked, widened
 from ._verdict import Tolerance
 
 Fn = Callable[[Any, Any], tuple[Any, Any]]

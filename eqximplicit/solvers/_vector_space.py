@@ -19,6 +19,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._packed import merged
 from .._reduce import total
 from .._state import every, max_abs, num_entries
 
@@ -129,26 +130,6 @@ def in_one(scalars: Sequence[Array]) -> Array:
     """
     shape = (len(scalars), *scalars[0].shape)
     return merged([jnp.broadcast_to(x, shape) for x in scalars])
-
-
-def merged(arrays: Sequence[Array]) -> Array:
-    """Returns the array whose row `i` is that of array `i`."""
-    out, *others = arrays
-    row = _rows(out)
-    for i, array in enumerate(others, 1):
-        out = lax.select(lax.eq(row, lax.full_like(row, i)), array, out)
-    return out
-
-
-def _rows(x: Array) -> Array:
-    """The numbers of the rows, as if they depended on the entries of `x`.
-
-    A mask that is a constant costs a little in every call of the program, and one that
-    is the same in each turn of a loop is a kernel of its own before that loop.
-    """
-    rows = lax.broadcasted_iota(np.int32, x.shape, 0)
-    always = lax.bitwise_or(lax.eq(x, x), lax.ne(x, x))
-    return lax.select(always, rows, lax.full_like(rows, 0))
 
 
 def apart(stack: Array) -> list[Array]:

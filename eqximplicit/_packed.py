@@ -6,15 +6,15 @@ rules that change them are elementwise: they hold for scalars as for vectors.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float
-
-from . import _vector_space as vs
 
 T = TypeVar("T")
 Record = TypeVar("Record", bound=eqx.Module)
@@ -31,7 +31,27 @@ def packed(record: eqx.Module, dtype: Any) -> Float[Array, " n"]:
     names = [f.name for f in dataclasses.fields(record)]
     n = len(names)
     fields = [jnp.broadcast_to(getattr(record, f), (n,)).astype(dtype) for f in names]
-    return vs.merged(fields)
+    return merged(fields)
+
+
+def merged(arrays: Sequence[Array]) -> Array:
+    """Returns the array whose row `i` is that of array `i`."""
+    out, *others = arrays
+    row = _rows(out)
+    for i, array in enumerate(others, 1):
+        out = jax.lax.select(jax.lax.eq(row, jax.lax.full_like(row, i)), array, out)
+    return out
+
+
+def _rows(x: Array) -> Array:
+    """The numbers of the rows, as if they depended on the entries of `x`.
+
+    A mask that is a constant costs a little in every call of the program, and one that
+    is the same in each turn of a loop is a kernel of its own before that loop.
+    """
+    rows = jax.lax.broadcasted_iota(np.int32, x.shape, 0)
+    always = jax.lax.bitwise_or(jax.lax.eq(x, x), jax.lax.ne(x, x))
+    return jax.lax.select(always, rows, jax.lax.full_like(rows, 0))
 
 
 def unpacked(kind: type[Record], vector: Float[Array, " n"]) -> Record:
