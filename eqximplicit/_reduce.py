@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Inexact
 
 from ._placement import is_for_one_device
 
@@ -32,7 +32,7 @@ Axis = int | Sequence[int] | None
 _reduce_p = Primitive("reduce_few")
 
 
-def total(x: Float[Array, "..."], axis: Axis = None) -> Float[Array, "..."]:
+def total(x: Inexact[Array, "..."], axis: Axis = None) -> Inexact[Array, "..."]:
     """The sum over some axes, or all of them."""
     return _reduced(x, "sum", axis)
 

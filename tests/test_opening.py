@@ -195,3 +195,11 @@ def test_a_complex_state_goes_on_from_its_opening():
     found = eqi.fixed_point(fn, jnp.array([1.0 + 1.0j, 0.5j]), 1.0, throw=False)
     assert found.result == eqi.RESULTS.successful
     np.testing.assert_allclose(fn(found.value, 1.0), found.value, rtol=1e-7)
+
+
+def test_a_small_residual_of_a_slow_contraction_is_no_solution():
+    # At the start the residual is half the tolerance, and the error 50 000 times it.
+    fn = lambda y, a: y + 1e-5 * (a - y)
+    found = eqi.fixed_point(fn, jnp.full(3, 1 - 5e-4), 1.0, throw=False)
+    assert found.result == eqi.RESULTS.successful
+    np.testing.assert_allclose(found.value, 1, rtol=1e-6)

@@ -105,7 +105,8 @@ def picard(
     own: that of `x` yields the next iterate.
     """
     first = start(system, warm)
-    dtype = jnp.promote_types(first.rr.dtype, jnp.float32)
+    exact = first.rr.dtype
+    dtype = exact if jnp.finfo(exact).bits >= 32 else jnp.float32
     max_steps = min(system.max_steps, _COUNTED)
 
     def unfinished(c: _Picard) -> Bool[Array, ""]:
@@ -124,7 +125,7 @@ def picard(
     init = _Picard(first.x, ahead, packed(begun, dtype))
     last = jax.lax.while_loop(unfinished, step, init)
     rr, steps = last.progress.rr, last.progress.steps
-    return Found(last.x, rr.astype(first.rr.dtype), steps.astype(int))
+    return Found(last.x, rr.astype(exact), steps.astype(int))
 
 
 def contracts(rr: Float[Array, ""], before: Float[Array, ""]) -> Bool[Array, ""]:

@@ -53,6 +53,14 @@ class Numbers(eqx.Module):
         return jnp.clip(self.slope, MIN_MIXING, 1)
 
     @property
+    def amplification(self) -> Array:
+        """The error per residual at the rate of the last step."""
+        before, error = self.progress.before, self.progress.error
+        shrinks = error < before
+        ratio = before / where(shrinks, before - error, 1)
+        return where(shrinks, ratio, jnp.inf)
+
+    @property
     def share(self) -> Array:
         """How much of the change the residual is, by the law of cosines."""
         product = (self.merit - self.distance) * (self.merit + self.distance)
@@ -117,17 +125,17 @@ def _control(
     better, progress = numbers.better, numbers.progress
     merit = where(better, numbers.merit, numbers.distance)
     error = where(better, progress.error, progress.before)
-    amplification = jnp.maximum(numbers.slope, 1)
+    amplification = numbers.amplification
     changes = {
         "kind": jnp.full_like(merit, int(Kind.PLAIN)),
         "mixing": numbers.mixing,
-        "amplification": amplification,
+        "amplification": where(amplification < jnp.inf, amplification, 1),
         "reference": merit,
         "anchor_merit": numbers.merit,
         "start_merit": numbers.merit,
         "best_merit": merit,
         "best_residual": error,
-        "best_error": error * amplification,
+        "best_error": where(error > 0, error * amplification, 0),
         "best_floor": floor,
     }
     return settled(pack(changed(control, **changes)), vector)
