@@ -102,6 +102,14 @@ def _jvp(primals: Any, tangents: Any, *, kind: str, axis: int) -> Any:
     return jax.jvp(fn, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
+def _transpose(ct: Any, x: Any, *, kind: str, axis: int) -> Any:
+    assert kind == "sum"
+    if type(ct) is ad.Zero:
+        return [ad.Zero(x.aval)]
+    kept = [i for i in range(len(x.aval.shape)) if i != axis]
+    return [lax.broadcast_in_dim(ct, x.aval.shape, kept)]
+
+
 def _batch(args: Any, dims: Any, *, kind: str, axis: int) -> Any:
     (x,), (lane,) = args, dims
     shifted = axis + (lane <= axis)
@@ -111,5 +119,6 @@ def _batch(args: Any, dims: Any, *, kind: str, axis: int) -> Any:
 _reduce_p.def_impl(_in_stages)
 _reduce_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[_reduce_p] = _jvp
+ad.primitive_transposes[_reduce_p] = _transpose
 batching.primitive_batchers[_reduce_p] = _batch
 mlir.register_lowering(_reduce_p, _lowered)

@@ -49,3 +49,10 @@ def test_derivatives_and_lanes():
     np.testing.assert_array_equal(jax.grad(lambda x: total(x[0]))(x)[0], np.ones(6))
     np.testing.assert_allclose(jax.vmap(total)(x), np.asarray(x).sum(1))
     np.testing.assert_allclose(jax.vmap(largest)(x**2), (np.asarray(x) ** 2).max(1))
+    transposed = jax.linear_transpose(lambda x: total(x, 1), x)
+    np.testing.assert_array_equal(
+        transposed(jnp.arange(7.0))[0], np.arange(7.0)[:, None] * np.ones(6)
+    )
+    second = jax.vmap(lambda x: total(x, 0), in_axes=1, out_axes=1)
+    cube = jnp.asarray(DRAW.normal(size=(3, 4, 5)))
+    np.testing.assert_allclose(second(cube), np.asarray(cube).sum(0).T)
