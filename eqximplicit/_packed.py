@@ -51,7 +51,7 @@ def _rows(x: Array) -> Array:
     """
     rows = jax.lax.broadcasted_iota(np.int32, x.shape, 0)
     always = jax.lax.bitwise_or(jax.lax.eq(x, x), jax.lax.ne(x, x))
-    return jax.lax.select(always, rows, jax.lax.full_like(rows, 0))
+    return rows * always.astype(rows.dtype)
 
 
 def unpacked(kind: type[Record], vector: Float[Array, " n"]) -> Record:

@@ -121,4 +121,5 @@ _reduce_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[_reduce_p] = _jvp
 ad.primitive_transposes[_reduce_p] = _transpose
 batching.primitive_batchers[_reduce_p] = _batch
-mlir.register_lowering(_reduce_p, _lowered)
+# One function of the program per shape, which the compiler inlines.
+mlir.register_lowering(_reduce_p, _lowered, inline=False)

@@ -12,11 +12,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
-from .._packed import packed, unpacked
-from ._residual import add, dot, epsilon, minus, scale, where, within, zeros_like
+from .._packed import packed
+from ._residual import (
+    add,
+    dot,
+    epsilon,
+    minus,
+    scale,
+    square,
+    where,
+    within,
+    zeros_like,
+)
 
 Vector = PyTree[Array]
 
@@ -90,8 +101,16 @@ class _Picard(eqx.Module):
     numbers: Float[Array, " numbers"]
 
     @property
-    def progress(self) -> _Progress:
-        return unpacked(_Progress, self.numbers)
+    def rr(self) -> Float[Array, ""]:
+        return jax.lax.index_in_dim(self.numbers, 0, keepdims=False)
+
+    @property
+    def before(self) -> Float[Array, ""]:
+        return jax.lax.index_in_dim(self.numbers, 1, keepdims=False)
+
+    @property
+    def steps(self) -> Float[Array, ""]:
+        return jax.lax.index_in_dim(self.numbers, 2, keepdims=False)
 
 
 def picard(
@@ -110,22 +129,22 @@ def picard(
     max_steps = min(system.max_steps, _COUNTED)
 
     def unfinished(c: _Picard) -> Bool[Array, ""]:
-        now = c.progress
-        wanted = ~system.solved(now.rr) & (now.steps < max_steps)
-        return wanted & goes_on(now.rr, now.before)
+        rr = c.rr
+        wanted = ~system.solved(rr) & (c.steps < max_steps)
+        return wanted & goes_on(rr, c.before)
 
     def step(c: _Picard) -> _Picard:
         r = minus(system.b, system.mv(c.ahead))
         ahead = add(c.ahead, system.precondition(r))
-        now = _Progress(dot(r, r), c.progress.rr, c.progress.steps + 1)
+        now = _Progress(square(r), c.rr, c.steps + 1)
         return _Picard(c.ahead, ahead, packed(now, dtype))
 
     ahead = add(first.x, system.precondition(first.r))
-    begun = _Progress(first.rr, jnp.full_like(first.rr, jnp.inf), first.steps)
-    init = _Picard(first.x, ahead, packed(begun, dtype))
-    last = jax.lax.while_loop(unfinished, step, init)
-    rr, steps = last.progress.rr, last.progress.steps
-    return Found(last.x, rr.astype(exact), steps.astype(int))
+    others = np.array([0, np.inf, 0 if warm is None else 1], dtype)
+    rr = jnp.broadcast_to(first.rr.astype(dtype), (3,))
+    begun = jax.lax.select(np.array([True, False, False]), rr, others)
+    last = jax.lax.while_loop(unfinished, step, _Picard(first.x, ahead, begun))
+    return Found(last.x, last.rr.astype(exact), last.steps.astype(int))
 
 
 def contracts(rr: Float[Array, ""], before: Float[Array, ""]) -> Bool[Array, ""]:

@@ -28,11 +28,19 @@ def dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
 
 
 def _leaf_dot(a: Array, b: Array) -> Float[Array, ""]:
-    if a.ndim == 1 and is_few(a, 0):
-        return total(lax.mul(a, b))
     every = tuple(range(a.ndim))
     dimensions = ((every, every), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
+
+
+def square(x: PyTree[Array]) -> Float[Array, ""]:
+    """The square of the norm, for the body of a small loop: see `_reduce.py`."""
+
+    def leaf(a: Array) -> Float[Array, ""]:
+        few = a.ndim == 1 and is_few(a, 0)
+        return total(lax.mul(a, a)) if few else _leaf_dot(a, a)
+
+    return functools.reduce(lax.add, map(leaf, jtu.tree_leaves(x)))
 
 
 def norm(x: PyTree[Array]) -> Float[Array, ""]:

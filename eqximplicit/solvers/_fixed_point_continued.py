@@ -15,7 +15,7 @@ from ._opening import Iterates, Progress
 LONGEST = 4.0  # of Aitken's step, in residuals
 
 
-class Numbers(eqx.Module):
+class LastStep(eqx.Module):
     """The last plain step of an opening; of an opening of two evaluations, all of it.
 
     **Attributes:** the iteration; the length of the last residual; and, where there was
@@ -85,16 +85,16 @@ class Continued(eqx.Module):
     trial: PyTree[Array]
     anchor: tuple[PyTree[Array], PyTree[Array]]
     best: tuple[PyTree[Array], PyTree[Array], Any]
-    numbers: Numbers
+    last: LastStep
 
     @property
     def known(self) -> Bool[Array, ""]:
-        return self.numbers.known
+        return self.last.known
 
     def control(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         """Returns the packed control before the trial, from that before the start."""
         floor = verdict.in_roundings(self.best[1], self.best[0])
-        return _control(vector, self.numbers, floor)
+        return _control(vector, self.last, floor)
 
 
 def continued(seen: Iterates) -> Continued:
@@ -107,32 +107,32 @@ def continued(seen: Iterates) -> Continued:
     dy = vs.minus(y, start)
     dr = vs.minus(residual, dy)
     lengths = vs.lengths([residual, dr, dy], vs.real_dtype(y))
-    numbers = Numbers(seen.progress, *lengths)
+    step = LastStep(seen.progress, *lengths)
 
-    first, last = (start, dy, seen.last_aux), (y, residual, seen.aux)
-    best = vs.select(numbers.better, last, first)
-    rest = vs.add_scaled(residual, -numbers.share, dr)
-    trial = vs.add_scaled(y, -numbers.share, dy)
-    trial = vs.add_scaled(trial, numbers.stride, rest)
-    return Continued(trial, (y, residual), best, numbers)
+    first, latest = (start, dy, seen.last_aux), (y, residual, seen.aux)
+    best = vs.select(step.better, latest, first)
+    rest = vs.add_scaled(residual, -step.share, dr)
+    trial = vs.add_scaled(y, -step.share, dy)
+    trial = vs.add_scaled(trial, step.stride, rest)
+    return Continued(trial, (y, residual), best, step)
 
 
 def _control(
-    vector: Float[Array, " n"], numbers: Numbers, floor: Array
+    vector: Float[Array, " n"], step: LastStep, floor: Array
 ) -> Float[Array, " n"]:
-    arguments = (unpacked(vector), numbers, floor)
-    control, numbers, floor = widened(arguments, vector)
-    better, progress = numbers.better, numbers.progress
-    merit = where(better, numbers.merit, numbers.distance)
+    arguments = (unpacked(vector), step, floor)
+    control, step, floor = widened(arguments, vector)
+    better, progress = step.better, step.progress
+    merit = where(better, step.merit, step.distance)
     error = where(better, progress.error, progress.before)
-    amplification = numbers.amplification
+    amplification = step.amplification
     changes = {
         "kind": jnp.full_like(merit, int(Kind.PLAIN)),
-        "mixing": numbers.mixing,
+        "mixing": step.mixing,
         "amplification": where(amplification < jnp.inf, amplification, 1),
         "reference": merit,
-        "anchor_merit": numbers.merit,
-        "start_merit": numbers.merit,
+        "anchor_merit": step.merit,
+        "start_merit": step.merit,
         "best_merit": merit,
         "best_residual": error,
         "best_error": where(error > 0, error * amplification, 0),
