@@ -175,6 +175,13 @@ MUTANTS = [
         SMALL,
     ),
     Mutant(
+        "guess left in the units of the caller",
+        "_linear.py",
+        "{key: scale(unit, options[key]) for key in _STARTS if key in options}",
+        "{key: options[key] for key in _STARTS if key in options}",
+        SMALL,
+    ),
+    Mutant(
         "transposed factors used as they are",
         "linear_solvers/dense.py",
         "transposed=not state.transposed",

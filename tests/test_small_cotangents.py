@@ -56,19 +56,28 @@ def test_derivative_is_linear_in_what_it_is_asked(name, n):
     assert np.all(np.isnan(pull(zero * jnp.nan)))
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 def test_a_warm_start_is_taken_to_the_same_units(size):
-    start = jnp.full(40, size, jnp.float32)
-    options = {"y0": start, "y0_transpose": start}
-    adjoint = eqi.ImplicitAdjoint(eqi.HybridKrylov(), options)
+    # Two products suffice if the guess is the solution, and for nothing else.
     solver = optx.FixedPointIteration(rtol=1e-6, atol=1e-6)
-    layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), solver, adjoint, throw=False)
-    x = jnp.ones(40, jnp.float32)
-    alone = eqi.ImplicitFunction(eqi.FixedPoint(cell), solver, throw=False)
-    plain = jax.jit(jax.grad(lambda x: jnp.sum(alone(jnp.zeros_like(x), x))))
-    gradient = jax.jit(jax.grad(lambda x, s: s * jnp.sum(layer(jnp.zeros_like(x), x))))
-    found, one = gradient(x, jnp.float32(size)), plain(x)
-    np.testing.assert_allclose(np.asarray(found, np.float64) / size, one, rtol=1e-4)
+    zero, x = jnp.zeros(40, jnp.float32), jnp.ones(40, jnp.float32)
+    condition = eqi.FixedPoint(cell)
+    y = eqi.ImplicitFunction(condition, solver, throw=False)(zero, x)
+    both = jax.jacobian(condition.residual, (0, 1))(y, x)
+    of_y, of_x = (np.asarray(jacobian, np.float64) for jacobian in both)
+    guess = np.linalg.solve(of_y.T, np.ones(40))
+
+    def gradient(factor):
+        start = jnp.asarray(factor * size * guess, jnp.float32)
+        options = {"y0_transpose": start}
+        linear = eqi.HybridKrylov(rtol=1e-4, max_steps=2, restart=0)
+        adjoint = eqi.ImplicitAdjoint(linear, options)
+        layer = eqi.ImplicitFunction(condition, solver, adjoint, throw=False)
+        return jax.grad(lambda x: jnp.float32(size) * jnp.sum(layer(zero, x)))(x)
+
+    found = np.asarray(gradient(1.0), np.float64) / size
+    np.testing.assert_allclose(found, -of_x.T @ guess, rtol=1e-3)
+    assert np.all(np.isnan(gradient(0.5)))
 
 
 @pytest.mark.parametrize("n", [2, 5, 50])
