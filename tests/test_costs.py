@@ -67,12 +67,31 @@ def temp_bytes(fn, *args):
     return memory.temp_size_in_bytes
 
 
-def test_a_branch_not_taken_holds_few_masks():
-    # Each constant of a program takes some 0.1 us of each call; there were seventy.
+@pytest.fixture(scope="module")
+def default_program():
     solve = lambda x: layer_of()(jnp.zeros(N), (jnp.asarray(W), x))
-    program = jax.jit(solve).lower(X).compile().as_text()
-    assert "conditional(" in program
-    assert len(re.findall(r"= pred\[\d+\]\S* constant\(", program)) < 10
+    return jax.jit(solve).lower(X).compile().as_text()
+
+
+def test_a_branch_not_taken_holds_few_masks(default_program):
+    # There were seventy: each constant of a program is laid out in each call.
+    assert "conditional(" in default_program
+    masks = re.findall(r"= pred\[\d+\]\S* constant\(", default_program)
+    assert len(masks) < 10
+
+
+# What is neither a kernel nor a copy.
+FREE = "parameter|constant|tuple|get-tuple-element|bitcast"
+
+
+def test_the_loop_of_the_opening_is_short(default_program):
+    entry = default_program[default_program.index("\nENTRY") :]
+    (body,) = re.findall(r" while\(.*body=%([\w.]+)", entry)
+    start = default_program.index(f"\n%{body} (")
+    lines = default_program[start : default_program.index("\n}", start)]
+    assert "tanh" in lines
+    work = re.findall(rf"= \S+ (?!(?:{FREE})\()([a-z-]+)\(", lines)
+    assert 0 < len(work) <= 8, work
 
 
 @pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev], ids=["fwd", "rev"])

@@ -178,13 +178,14 @@ def test_lanes_that_leave_the_opening_at_different_steps_are_solved_alone():
     y0 = jnp.array([0.5, 1e150])
     layer = quiet(eqi.FixedPoint(fn))
     solve = jax.jit(jax.vmap(lambda s: layer.solve(y0, s)))
-    together = solve(slopes)
+    together, num_solved = solve(slopes), 0
     for lane, slope in enumerate(slopes[:4]):
         alone = solve(slope[None])
         np.testing.assert_array_equal(together.value[lane], alone.value[0])
         if alone.result == eqi.RESULTS.successful:
-            y = np.asarray(alone.value[0])
+            y, num_solved = np.asarray(alone.value[0]), num_solved + 1
             np.testing.assert_allclose(fn(y, slope), y, rtol=1e-7)
+    assert num_solved == 4
     steps = np.asarray(together.stats["num_steps"])
     assert len(set(steps[:4].tolist())) > 1
 
