@@ -6,7 +6,7 @@ rules that change them are elementwise: they hold for scalars as for vectors.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -34,12 +34,38 @@ def packed(record: eqx.Module, dtype: Any) -> Float[Array, " n"]:
     return merged(fields)
 
 
+def constant(
+    kind: type[eqx.Module], infinite: Sequence[str], unit: Sequence[str], dtype: Any
+) -> Float[Array, " n"]:
+    """A record whose fields are infinite, one, or zero as all others; `packed`."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    values = [np.inf if name in infinite else float(name in unit) for name in names]
+    return jnp.asarray(np.array(values), dtype)
+
+
+def updated(
+    kind: type[eqx.Module], vector: Float[Array, " n"], **changes: Array
+) -> Float[Array, " n"]:
+    """Some fields of a packed record changed, to scalars or vectors as long as it."""
+    numbers = {f.name: i for i, f in enumerate(dataclasses.fields(kind))}
+    rows = {
+        numbers[name]: jnp.broadcast_to(value, vector.shape).astype(vector.dtype)
+        for name, value in changes.items()
+    }
+    return _with_rows(vector, rows)
+
+
 def merged(arrays: Sequence[Array]) -> Array:
     """Returns the array whose row `i` is that of array `i`."""
-    out, *others = arrays
-    row = _rows(out)
-    for i, array in enumerate(others, 1):
-        out = jax.lax.select(jax.lax.eq(row, jax.lax.full_like(row, i)), array, out)
+    first, *others = arrays
+    return _with_rows(first, dict(enumerate(others, 1)))
+
+
+def _with_rows(x: Array, rows: Mapping[int, Array]) -> Array:
+    number = _rows(x)
+    out = x
+    for i, row in rows.items():
+        out = jax.lax.select(jax.lax.eq(number, jax.lax.full_like(number, i)), row, out)
     return out
 
 
@@ -56,10 +82,8 @@ def _rows(x: Array) -> Array:
 
 def unpacked(kind: type[Record], vector: Float[Array, " n"]) -> Record:
     """The record of which `vector` is `packed`."""
-    entries = [
-        jax.lax.index_in_dim(vector, i, keepdims=False) for i in range(vector.size)
-    ]
-    return kind(*entries)
+    entries = jax.lax.split(vector, [1] * vector.size)
+    return kind(*[jax.lax.squeeze(x, (0,)) for x in entries])
 
 
 def changed(record: Record, **changes: Array) -> Record:
@@ -101,10 +125,14 @@ def _always(vector: Array) -> Array:
 
 def widened(tree: T, vector: Float[Array, " n"]) -> T:
     """Scalars as vectors like `vector`."""
+    always = _always(vector)
+    zeros: dict[Any, Array] = {}
 
     def leaf(x: Array) -> Array:
-        x = jnp.broadcast_to(x, vector.shape)
-        return jax.lax.select(_always(vector), x, jnp.zeros_like(x))
+        if x.dtype not in zeros:
+            zeros[x.dtype] = jax.lax.full_like(vector, 0, x.dtype)
+        wide = jax.lax.broadcast_in_dim(x, vector.shape, range(x.ndim))
+        return jax.lax.select(always, wide, zeros[x.dtype])
 
     return jtu.tree_map(leaf, tree)
 

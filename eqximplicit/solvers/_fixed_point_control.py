@@ -5,13 +5,11 @@ solve is over. The scalars are carried as one vector (`_packed.py`), so the rule
 are elementwise, and hold for scalars as for vectors.
 """
 
-import dataclasses
 import enum
 from typing import TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _packed as pk
@@ -122,14 +120,12 @@ class Numbers(eqx.Module):
 
 def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:
     """Returns the packed control before the first evaluation."""
-    infinite = {
+    infinite = (
         "reference", "anchor_merit", "start_merit", "best_merit", "best_residual",
         "best_error", "best_floor", "merit_at_rescue",
-    }  # fmt: skip
-    unit = {"step_size", "mixing", "size", "amplification"}
-    names = [f.name for f in dataclasses.fields(Control)]
-    values = [np.inf if f in infinite else float(f in unit) for f in names]
-    return jnp.asarray(np.array(values), dtype)
+    )  # fmt: skip
+    unit = ("step_size", "mixing", "size", "amplification")
+    return pk.constant(Control, infinite, unit, dtype)
 
 
 def _judged(control: Control, seen: Numbers) -> Control:
@@ -310,21 +306,23 @@ class Proposal(eqx.Module):
     reach: Array
 
 
-def with_proposal(vector: Float[Array, " n"], proposal: Proposal) -> Float[Array, " n"]:
+def with_proposal(
+    control: Control, proposal: Proposal, vector: Float[Array, " n"]
+) -> Float[Array, " n"]:
     """Returns the packed control, with the end if the best point is good enough."""
-    control, proposal = widened((unpacked(vector), proposal), vector)
+    control, proposal = widened((control, proposal), vector)
     new, error = proposal.new, proposal.error
     probed, mixed = (control.kind == int(k) for k in (Kind.PROBE, Kind.MIXED))
     # A full quasi-Newton step from the best point is an estimate of its error.
     here = mixed & (control.anchor_merit <= control.best_merit)
     error = where(here, jnp.maximum(control.best_error, error), control.best_error)
     converged = is_good(control, error) & (control.ending == 0)
-    control = changed(
-        control,
+    return pk.updated(
+        Control,
+        vector,
         reach=proposal.reach,
         best_error=error,
         probing=(control.probing > 0) & new,
         newton=(control.newton > 0) | (probed & ~new),
         ending=where(converged, int(Ending.CONVERGED), control.ending),
     )
-    return pack(control)

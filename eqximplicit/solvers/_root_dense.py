@@ -115,12 +115,11 @@ def _propose(
     )
     size = norm_of(stop_gradient(step))
     longest = control.longest * ph.length_or_one(seen.control.length)
-    bounded = step * jnp.where(size > longest, longest / size, 1)
-    step = jnp.where(damped, step, bounded)
-    step = jnp.where(control.flipped > 0, -step, step)
+    factor = jnp.where(damped | (size <= longest), 1, longest / size)
+    factor = jnp.where(control.flipped > 0, -factor, factor)
     usable = jnp.isfinite(size) & (size > 0)
     lost = longest * _direction_without_slope(step.size, step.dtype)
-    trial = base.x + jnp.where(usable, step, lost)
+    trial = base.x + jnp.where(usable, factor * step, lost)
     return trial, ph.is_regular(control, seen.control.jacobian, size)
 
 
@@ -181,16 +180,17 @@ def step_dense(
 
     # What the trial shows; the new base, and the best point.
     trial = _measured_trial(*stop_gradient((base, x, residual)))
-    decision = ph.decided(ph.read(state.control), trial, limits)
-    matrix = jax.lax.cond(decision.wanted, transposed, lambda: base.transposed)
-    new = _where(decision.accepted, (x, residual), (base.x, base.residual))
+    decision = ph.decided(state.control, trial, limits)
+    accepted, better = decision.accepted > 0, decision.better > 0
+    matrix = jax.lax.cond(decision.wanted > 0, transposed, lambda: base.transposed)
+    new = _where(accepted, (x, residual), (base.x, base.residual))
     base = Base(new[0], new[1], matrix)
-    y, best_aux = _where(decision.better, (trial_y, aux), (y, state.aux))
+    y, best_aux = _where(better, (trial_y, aux), (y, state.aux))
 
     # What the base shows, the reaction of the phases, and the next trial.
     gradient = base.transposed @ base.residual
     seen = _measured_base(*stop_gradient((base, gradient)), atol)
-    vector = ph.after(state.control, trial, seen.control, limits, x.size)
+    vector = ph.after(state.control, trial, seen.control, decision, x.size)
     control = ph.read(vector)
     proposed, regular = _propose(base, gradient, seen, control)
     return y, DenseState(

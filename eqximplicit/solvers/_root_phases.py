@@ -19,10 +19,19 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._packed import changed, packed, settled, unpacked, where, widened
+from .._packed import (
+    changed,
+    constant,
+    packed,
+    settled,
+    unpacked,
+    where,
+    widened,
+)
 
 # Steps without halving the residual: at first, when the damped phase is slow, restarts.
 _PATIENCE, _PATIENCE_SLOW, _PATIENCE_RESTART = 10, 5, 2
@@ -104,7 +113,7 @@ class Base(eqx.Module):
 
 
 class Decision(eqx.Module):
-    """What a trial decides."""
+    """What a trial decides: a number and flags, which are 0 or 1."""
 
     ratio: Array  # actual / predicted decrease of |F|^2
     accepted: Array  # as the new base
@@ -125,10 +134,8 @@ def _fields(control: Control) -> Float[Array, " n"]:
 
 def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:
     """Newton, with the initial guess as the first trial."""
-    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    start = Control(*[zero for _ in dataclasses.fields(Control)])
-    infinite = dict.fromkeys(("mark", "base_norm", "best_norm", "best_max"), one / zero)
-    return _fields(changed(start, **infinite, forced=one, radius=one))
+    infinite = ("mark", "base_norm", "best_norm", "best_max")
+    return constant(Control, infinite, ("forced", "radius"), dtype)
 
 
 def read(vector: Float[Array, " n"]) -> Control:
@@ -151,8 +158,10 @@ def _ratio(control: Control, trial: Trial) -> Array:
     return where(known & jnp.isfinite(ratio), ratio, -1)
 
 
-def decided(control: Control, trial: Trial, limits: Limits) -> Decision:
+def decided(vector: Float[Array, " n"], trial: Trial, limits: Limits) -> Decision:
     """Whether a trial is the new base, and the best point; never if not finite."""
+    few = jax.lax.slice_in_dim(vector, 0, len(dataclasses.fields(Decision)))
+    control, trial = widened((read(vector), trial), few)
     finite = jnp.isfinite(trial.largest)
     ratio = where(finite, _ratio(control, trial), -1)
     unconditional = (control.forced > 0) | (control.damped == 0)
@@ -160,7 +169,8 @@ def decided(control: Control, trial: Trial, limits: Limits) -> Decision:
     success = finite & (trial.largest <= limits.atol)
     first = ~jnp.isfinite(control.best_max)
     better = success | (finite & ((trial.norm < control.best_norm) | first))
-    return Decision(ratio, accepted, better, accepted & ~success)
+    decision = Decision(ratio, accepted, better, accepted & ~success)
+    return unpacked(Decision, settled(packed(decision, few.dtype), few))
 
 
 def _after_newton(control: Control, trial: Trial, length: Array) -> Control:
@@ -217,7 +227,7 @@ def _after_damped(
         restarting=restart,
         forced=jnp.zeros_like(norm),
         flipped=restart & ((quarter == 1) | (quarter == 3)),
-        rejected=~decision.accepted,
+        rejected=1 - decision.accepted,
         idle=jnp.zeros_like(norm),
         in_window=where(in_window == 2 * _WINDOW, _WINDOW, in_window),
         quarter=where(restart, where(quarter == 3, 0, quarter + 1), quarter),
@@ -231,16 +241,16 @@ def _after_damped(
 
 
 def after(
-    vector: Float[Array, " n"], trial: Trial, base: Base, limits: Limits, size: int
+    vector: Float[Array, " n"], trial: Trial, base: Base, decision: Decision, size: int
 ) -> Float[Array, " n"]:
     """The control after a trial: what the points are, and the phase of the next trial.
 
     `size` is the number of evaluations that a Jacobian takes.
     """
-    control, trial, base = widened((read(vector), trial, base), vector)
-    decision = decided(control, trial, limits)
-    accepted, better, wanted = decision.accepted, decision.better, decision.wanted
-    evaluations = 1 + size * wanted.astype(vector.dtype)
+    known = (read(vector), trial, base, decision)
+    control, trial, base, decision = widened(known, vector)
+    accepted, better = decision.accepted > 0, decision.better > 0
+    evaluations = 1 + size * decision.wanted
     control = changed(
         control,
         base_norm=where(accepted, trial.norm, control.base_norm),

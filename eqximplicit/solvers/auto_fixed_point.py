@@ -25,6 +25,7 @@ from ._fixed_point_continued import Continued, continued
 from ._fixed_point_control import (
     after,
     at_start,
+    Control,
     Ending,
     Kind,
     Numbers,
@@ -174,8 +175,8 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
         image, aux = fn(y, args)
         tolerance = self._tolerance(y)
         seen = _evaluate(tolerance, state.points, y, image)
-        state = _learn(state, y, aux, seen)
-        y, state = _propose(tolerance, state)
+        state, control = _learn(state, y, aux, seen)
+        y, state = _propose(tolerance, state, control)
         return y, state, aux
 
     def terminate(
@@ -286,23 +287,25 @@ def _evaluate(
     return _Seen(residual, pair, numbers)
 
 
-def _learn(state: _State[Y], y: Y, aux: Any, seen: _Seen[Y]) -> _State[Y]:
+def _learn(
+    state: _State[Y], y: Y, aux: Any, seen: _Seen[Y]
+) -> tuple[_State[Y], Control]:
     """The history, the points and the control, after an evaluation."""
-    history = state.history
+    history, before = state.history, unpacked(state.control)
     cross = hist.cross(history, seen.pair)
     # What the model missed in the directions of the pairs that it used.
     missed = jnp.where(history.filled, cross / history.lengths, 0)
-    missed = missed + unpacked(state.control).step_size * state.explained
+    missed = missed + before.step_size * state.explained
     missed = hist.half_solve(state.factor, missed)
     missed = jnp.sqrt(total(missed**2))
 
     numbers = dataclasses.replace(seen.numbers, missed=missed)
-    vector = after(unpacked(state.control), numbers, history.window, state.control)
+    vector = after(before, numbers, history.window, state.control)
 
     control = unpacked(vector)
     accepted, improved = control.accepted > 0, control.improved > 0
     from_start, from_best = control.from_start > 0, control.from_best > 0
-    first = unpacked(state.control).kind == int(Kind.START)
+    first = before.kind == int(Kind.START)
     turn = hist.Turn(control.slot, control.used, control.newest)
     history = hist.push(history, seen.pair, cross, turn, control.moved)
 
@@ -315,7 +318,7 @@ def _learn(state: _State[Y], y: Y, aux: Any, seen: _Seen[Y]) -> _State[Y]:
         return anchor, best, start
 
     where, what = rows(y, 0), rows(seen.residual, 1)
-    return _State(
+    state = _State(
         points=_points(where[0], what[0], where[1], what[1], where[2], what[2]),
         best_aux=vs.select(improved, aux, state.best_aux),
         history=history,
@@ -323,9 +326,12 @@ def _learn(state: _State[Y], y: Y, aux: Any, seen: _Seen[Y]) -> _State[Y]:
         factor=state.factor,
         control=vector,
     )
+    return state, control
 
 
-def _propose(tolerance: verdict.Tolerance, state: _State[Y]) -> tuple[Y, _State[Y]]:
+def _propose(
+    tolerance: verdict.Tolerance, state: _State[Y], control: Control
+) -> tuple[Y, _State[Y]]:
     r"""The next trial point, and the end if the best point is good enough.
 
     A probe fits the newest change of the residual instead of the residual, in the
@@ -333,7 +339,7 @@ def _propose(tolerance: verdict.Tolerance, state: _State[Y]) -> tuple[Y, _State[
     residual and these directions are the basis of H. Walker and L. Zhou, *A simpler
     GMRES*, Numer. Linear Algebra Appl. 1 (1994).
     """
-    control, history = unpacked(state.control), state.history
+    history = state.history
     anchor, residual = state.points[0], state.points[1]
     dtype, eps = control.size.dtype, vs.resolution(anchor)
     probing, mixed = (control.kind == int(k) for k in (Kind.PROBE, Kind.MIXED))
@@ -371,6 +377,6 @@ def _propose(tolerance: verdict.Tolerance, state: _State[Y]) -> tuple[Y, _State[
         history,
         jax.lax.stop_gradient(explained),
         fit.factor,
-        with_proposal(state.control, proposal),
+        with_proposal(control, proposal, state.control),
     )
     return y, state
