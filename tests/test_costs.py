@@ -4,6 +4,7 @@ Nothing here is timed: operations, temporary bytes and compilations are the same
 machine. The opponent is the `custom_vjp` that one would write by hand.
 """
 
+import functools
 import math
 import re
 
@@ -67,16 +68,19 @@ def temp_bytes(fn, *args):
     return memory.temp_size_in_bytes
 
 
-@pytest.fixture(scope="module")
-def default_program():
-    solve = lambda x: layer_of()(jnp.zeros(N), (jnp.asarray(W), x))
-    return jax.jit(solve).lower(X).compile().as_text()
+@functools.cache
+def default_program(n):
+    """The default solve of `n` unknowns, without a derivative."""
+    w = DRAW.normal(size=(n, n)) / (2 * np.sqrt(n))
+    solve = lambda x: layer_of()(jnp.zeros(n), (jnp.asarray(w), x))
+    return jax.jit(solve).lower(jnp.ones(n)).compile().as_text()
 
 
-def test_a_branch_not_taken_holds_few_masks(default_program):
+def test_a_branch_not_taken_holds_few_masks():
     # There were seventy: each constant of a program is laid out in each call.
-    assert "conditional(" in default_program
-    masks = re.findall(r"= pred\[\d+\]\S* constant\(", default_program)
+    program = default_program(100)
+    assert "conditional(" in program
+    masks = re.findall(r"= pred\[\d+\]\S* constant\(", program)
     assert len(masks) < 10
 
 
@@ -84,11 +88,14 @@ def test_a_branch_not_taken_holds_few_masks(default_program):
 FREE = "parameter|constant|tuple|get-tuple-element|bitcast"
 
 
-def test_the_loop_of_the_opening_is_short(default_program):
-    entry = default_program[default_program.index("\nENTRY") :]
-    (body,) = re.findall(r" while\(.*body=%([\w.]+)", entry)
-    start = default_program.index(f"\n%{body} (")
-    lines = default_program[start : default_program.index("\n}", start)]
+@pytest.mark.parametrize("n", [10, 100], ids=["secant", "plain"])
+def test_the_loop_of_the_opening_is_short(n):
+    program = default_program(n)
+    (body,) = re.findall(
+        r" while\(.*body=%([\w.]+)", program[program.index("\nENTRY") :]
+    )
+    start = program.index(f"\n%{body} (")
+    lines = program[start : program.index("\n}", start)]
     assert "tanh" in lines
     work = re.findall(rf"= \S+ (?!(?:{FREE})\()([a-z-]+)\(", lines)
     assert 0 < len(work) <= 8, work

@@ -10,9 +10,9 @@ from fixed_point_maps import MAPS, SCIPY
 
 import eqximplicit as eqi
 
-# What an opening in vain has cost at most on the fourteen maps, in evaluations. Of the
-# others the opening has brought the solver closer.
-IN_VAIN = 4
+# What the opening costs at most on the fourteen maps, in evaluations: a step of it is
+# much cheaper than one of the solver.
+COST = 6
 
 
 def quiet(condition, **kwargs):
@@ -21,13 +21,63 @@ def quiet(condition, **kwargs):
 
 def test_a_good_contraction_is_solved_by_plain_iteration():
     fn = lambda y, a: 0.2 * jnp.cos(y) + a
-    solution = eqi.fixed_point(fn, jnp.zeros(5), 0.3)
-    y, steps = np.zeros(5), 0
+    solution = eqi.fixed_point(fn, jnp.zeros(100), 0.3)
+    y, steps = np.zeros(100), 0
     while np.max(np.abs(0.2 * np.cos(y) + 0.3 - y)) > 1e-9:
         y, steps = 0.2 * np.cos(y) + 0.3, steps + 1
     np.testing.assert_allclose(solution.value, y, atol=1e-9)
     # It measures the last iterate as well, and stops on the error, not the residual.
     assert abs(int(solution.stats["num_steps"]) - (steps + 1)) <= 1
+
+
+def test_a_single_number_is_solved_by_the_secant_method():
+    solution = eqi.fixed_point(lambda y, a: jnp.cos(a * y), jnp.array(1.0), 0.9)
+    residual = lambda y: np.cos(0.9 * y) - y
+    points = [1.0, np.cos(0.9)]
+    while abs(residual(points[-1])) > 1e-10:
+        (x, y), (f, g) = points[-2:], map(residual, points[-2:])
+        points.append(y - g * (y - x) / (g - f))
+    np.testing.assert_allclose(solution.value, points[-1], atol=1e-9)
+    assert abs(int(solution.stats["num_steps"]) - len(points)) <= 1
+
+
+def chandrasekhar(h, c):
+    x, w = np.polynomial.legendre.leggauss(20)
+    mu = (x + 1) / 2
+    kernel = mu[:, None] * w / 2 / (mu[:, None] + mu)
+    return 1 / (1 - c / 2 * (jnp.asarray(kernel) @ h))
+
+
+# Maps that contract quickly, or repel in some entries, and the evaluations of SciPy's
+# `anderson(..., f_tol=1e-8)`.
+SLOPES = np.linspace(1.5, 5, 6)
+QUICK = {
+    "half": (lambda y, a: 0.5 * y + a, np.zeros(1), 1.0, 4),
+    "cosine": (lambda y, a: 0.5 * jnp.cos(y) + a, np.zeros(5), 0.3, 9),
+    "cosines": (
+        lambda y, a: a * jnp.cos(y),
+        np.full(6, 0.5),
+        np.linspace(1.5, 5, 6),
+        26,
+    ),
+    "Chandrasekhar": (chandrasekhar, np.ones(20), 0.7, 9),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_map_takes_no_more_evaluations_than_scipy(name):
+    fn, y0, args, count = QUICK[name]
+    found = eqi.fixed_point(fn, jnp.asarray(y0), jnp.asarray(args), throw=False)
+    assert found.result == eqi.RESULTS.successful
+    assert int(found.stats["num_steps"]) <= count
+
+
+def test_a_slow_rotation_is_solved_with_patience():
+    # PageRank on a ring: its residual shrinks by 0.97 a step, in no Krylov space.
+    ring = jnp.asarray(np.roll(np.eye(60), 1, axis=1))
+    fn = lambda y, a: a * (ring.T @ y) + (1 - a) / 60
+    solution = eqi.fixed_point(fn, jnp.asarray(np.eye(60)[0]), 0.97, max_steps=2000)
+    np.testing.assert_allclose(solution.value, 1 / 60, atol=1e-6)
 
 
 def test_the_result_is_a_digit_better_than_the_tolerance():
@@ -63,10 +113,10 @@ def test_with_its_opening_no_map_takes_more_evaluations_than_scipy(evaluations):
 
 
 @pytest.mark.slow
-def test_an_opening_in_vain_costs_a_few_evaluations(evaluations):
+def test_the_opening_costs_a_few_evaluations(evaluations):
     assert all(ok for ok, _, _ in evaluations.values())
     more = {name: layer - alone for name, (_, layer, alone) in evaluations.items()}
-    assert max(more.values()) <= IN_VAIN, more
+    assert max(more.values()) <= COST, more
 
 
 def vanishes_at_infinity(y, a):

@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._packed import changed, settled, where, widened
-from . import _vector_space as vs, _verdict as verdict
+from . import _history as hist, _vector_space as vs, _verdict as verdict
 from ._fixed_point_control import GROWTH, Kind, MIN_MIXING, pack, unpacked
-from ._opening import Iterates, Progress
+from ._fixed_point_opening import Iterates, Progress
 
 LONGEST = 4.0  # of Aitken's step, in residuals
 
@@ -68,6 +68,11 @@ class LastStep(eqx.Module):
         return where(self.both, (1 + product / square) / 2, 0)
 
     @property
+    def explained(self) -> Array:
+        """The inner product of the residual with its change, scaled to unit length."""
+        return self.share * self.change
+
+    @property
     def stride(self) -> Array:
         """How much of the residual the next step takes."""
         before, error = self.progress.before, self.progress.error
@@ -78,18 +83,30 @@ class LastStep(eqx.Module):
 class Continued(eqx.Module):
     """Where to go on from, and where to.
 
-    **Attributes:** the next trial point; the last point and the best one, with residual
-    and (the best one) auxiliary output; and what is known of them.
+    **Attributes:** the next trial point; the last point, the best one and the one to
+    start again from, with residual and (the best one) auxiliary output; the pair of
+    points and of residuals, if there are but two; and what is known of them.
     """
 
     trial: PyTree[Array]
     anchor: tuple[PyTree[Array], PyTree[Array]]
     best: tuple[PyTree[Array], PyTree[Array], Any]
+    start: tuple[PyTree[Array], PyTree[Array]]
+    pair: hist.Pair[Any]
     last: LastStep
 
     @property
     def known(self) -> Bool[Array, ""]:
         return self.last.known
+
+    def history(self, empty: hist.History[Any]) -> hist.History[Any]:
+        """Returns the history that has led to the trial."""
+        return hist.begun(empty, self.pair, self.last.both)
+
+    def explained(self, nothing: Float[Array, " slots"]) -> Float[Array, " slots"]:
+        """Returns what the history explains of the residual, from nothing."""
+        first = jnp.arange(nothing.size) == 0
+        return jnp.where(first, self.last.explained, nothing)
 
     def control(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         """Returns the packed control before the trial, from that before the start."""
@@ -98,12 +115,12 @@ class Continued(eqx.Module):
 
 
 def continued(seen: Iterates) -> Continued:
-    """Returns the Anderson step after two evaluations, and Aitken's after more.
+    """Returns the Anderson step after two evaluations, as if there were no opening.
 
-    Of more, only the last one is still there, and the error is taken to lie along the
-    residual. The pair of both is not kept: that costs more to compile than it saves.
+    After more it is the step that the opening would take, or Aitken's: of plain steps
+    only the last one is still there, and the error is taken to lie along the residual.
     """
-    start, y, residual = seen.start, seen.y, vs.minus(seen.ahead, seen.y)
+    start, y, residual = seen.start, seen.y, seen.residual
     dy = vs.minus(y, start)
     dr = vs.minus(residual, dy)
     lengths = vs.lengths([residual, dr, dy], vs.real_dtype(y))
@@ -111,10 +128,14 @@ def continued(seen: Iterates) -> Continued:
 
     first, latest = (start, dy, seen.last_aux), (y, residual, seen.aux)
     best = vs.select(step.better, latest, first)
+    begin = vs.select(step.both, first[:2], latest[:2])
     rest = vs.add_scaled(residual, -step.share, dr)
     trial = vs.add_scaled(y, -step.share, dy)
     trial = vs.add_scaled(trial, step.stride, rest)
-    return Continued(trial, (y, residual), best, step)
+    if seen.turn is not None:
+        trial = vs.select(step.both, trial, seen.ahead)
+    pair = hist.Pair(dy, dr, step.change, step.distance)
+    return Continued(trial, (y, residual), best, begin, pair, step)
 
 
 def _control(
@@ -124,15 +145,18 @@ def _control(
     control, step, floor = widened(arguments, vector)
     better, progress = step.better, step.progress
     merit = where(better, step.merit, step.distance)
+    kind = where(step.both, int(Kind.MIXED), int(Kind.PLAIN))
     error = where(better, progress.error, progress.before)
     amplification = step.amplification
     changes = {
-        "kind": jnp.full_like(merit, int(Kind.PLAIN)),
+        "kind": kind,
+        "reach": jnp.abs(step.explained) * step.distance,
         "mixing": step.mixing,
+        "used": step.both,
         "amplification": where(amplification < jnp.inf, amplification, 1),
         "reference": merit,
         "anchor_merit": step.merit,
-        "start_merit": step.merit,
+        "start_merit": where(step.both, step.distance, step.merit),
         "best_merit": merit,
         "best_residual": error,
         "best_error": where(error > 0, error * amplification, 0),

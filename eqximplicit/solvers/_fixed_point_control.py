@@ -23,6 +23,8 @@ PROGRESS = 0.9  # a step that leaves more of the residual than this has stalled
 PATIENCE = 8  # stalled steps before a rescue
 PLAIN_STEPS = 20  # of the first rescue
 DIVERGED = 1e6  # growth at which that rescue gives up
+PATIENT_STEPS = 100  # of the last resort, plain iteration again, as long as these
+SLOW = 0.9  # leave less than so much of the residual: a rate of 0.999
 MAX_BARREN = 4  # rescues in a row that do not halve the residual
 DECREASE = 1e-4  # Armijo's constant for the Newton-Krylov step
 
@@ -71,6 +73,7 @@ class Control(eqx.Module):
     num_stalled: Array
     num_rejected: Array
     num_plain: Array
+    patient: Array  # whether it has come to the last resort
     probing: Array
     newton: Array
     num_rescues: Array
@@ -196,6 +199,9 @@ def _counted(control: Control, seen: Numbers) -> Control:
     size = where(accepted, jnp.minimum(2 * control.size, 1), size)
     reference = where(plain, merit, jnp.minimum(merit, control.reference))
     num_plain = where(accepted, jnp.maximum(control.num_plain - 1, 0), 0)
+    slow_but_sure = merit < SLOW * control.merit_at_rescue
+    again = accepted & plain & (num_plain == 0) & (control.patient > 0) & slow_but_sure
+    num_plain = where(again, float(PATIENT_STEPS), num_plain)
     return changed(
         control,
         mixing=where(plain & (num_plain == 0), 1, control.mixing),
@@ -205,6 +211,7 @@ def _counted(control: Control, seen: Numbers) -> Control:
         num_rejected=where(rejected, control.num_rejected + 1, 0),
         num_plain=where(plain, num_plain, control.num_plain),
         newton=newton & ~accepted,
+        merit_at_rescue=where(again, merit, control.merit_at_rescue),
     )
 
 
@@ -218,36 +225,40 @@ def _rescued(control: Control) -> Control:
     """A new beginning where the solve has stalled, or the end where none is left."""
     converged = is_good(control, control.best_error)
     now = (control.num_stalled >= PATIENCE) & (control.ending == 0) & ~converged
-    plain = now & (control.num_rescues == 0)
-    krylov = now & ~plain
+    first = now & (control.num_rescues == 0)
     halved = control.best_merit < control.merit_at_rescue / 2
     barren = where(halved, 0, control.num_barren + 1)
     as_good = control.best_floor <= verdict.NEAR_ROUNDING
     as_good = as_good & (control.best_residual < 1)
-    stuck = now & ((barren >= MAX_BARREN) | as_good)
+    in_vain = now & (barren >= MAX_BARREN)
+    last = in_vain & ~first & (control.patient == 0)
+    krylov = now & ~first & ~last
+    stuck = (in_vain & (control.patient > 0)) | (now & as_good)
 
-    merit = where(plain, control.start_merit, control.best_merit)
+    merit = where(first, control.start_merit, control.best_merit)
+    steps = where(first, float(PLAIN_STEPS), where(last, float(PATIENT_STEPS), 0.0))
 
     def anew(old: Array, new: Array | float) -> Array:
         return where(now, new, old)
 
     return changed(
         control,
-        mixing=where(plain, 1, control.mixing),
+        mixing=where(first | last, 1, control.mixing),
         size=anew(control.size, 1),
         curvature=anew(control.curvature, 0),
         reference=anew(control.reference, merit),
         anchor_merit=anew(control.anchor_merit, merit),
         num_stalled=anew(control.num_stalled, 0),
         num_rejected=anew(control.num_rejected, 0),
-        num_plain=anew(control.num_plain, where(plain, float(PLAIN_STEPS), 0)),
+        num_plain=anew(control.num_plain, steps.astype(merit.dtype)),
+        patient=(control.patient > 0) | last,
         probing=anew(control.probing, krylov.astype(merit.dtype)),
         newton=anew(control.newton, 0),
         num_rescues=control.num_rescues + now.astype(merit.dtype),
         num_barren=anew(control.num_barren, barren),
         merit_at_rescue=anew(control.merit_at_rescue, control.best_merit),
-        from_start=plain,
-        from_best=krylov,
+        from_start=first,
+        from_best=krylov | last,
         ending=where(stuck, int(Ending.STUCK), control.ending),
     )
 

@@ -81,6 +81,11 @@ def minus(x: T, y: T) -> T:
     return jtu.tree_map(lax.sub, x, y)
 
 
+def plus(x: T, y: T) -> T:
+    """Returns `x + y`."""
+    return jtu.tree_map(lax.add, x, y)
+
+
 def negative_conjugate(x: T) -> T:
     """Returns `-conj(x)`: the steepest descent direction of a JAX gradient `x`."""
     return jtu.tree_map(lambda xi: -jnp.conj(xi), x)

@@ -127,12 +127,16 @@ class Tolerance(eqx.Module):
     atol: float
     norm: Callable[[Any], Scalar]
 
+    def unit(self, y: Array) -> Array:
+        """Returns the unit for the entries of a leaf."""
+        return self.atol + self.rtol * jnp.abs(y)
+
     def measure(self, deviation: Any, y: Any) -> Float[Array, ""]:
         """Returns the norm of `deviation / (atol + rtol |y|)`."""
         dtype = vs.real_dtype(y)
 
         def leaf(d: Array, yi: Array) -> Array:
-            d, unit = jnp.abs(d), self.atol + self.rtol * jnp.abs(yi)
+            d, unit = jnp.abs(d), self.unit(yi)
             ratio = d / jnp.where(unit == 0, 1, unit)
             return jnp.where(unit == 0, jnp.where(d == 0, 0.0, jnp.inf), ratio)
 

@@ -33,7 +33,8 @@ from ._fixed_point_control import (
     unpacked,
     with_proposal,
 )
-from ._opening import AbstractOpening, Opened, picard
+from ._fixed_point_opening import opening
+from ._opening import AbstractOpening, Opened
 
 
 class _Points(eqx.Module, Generic[Y]):
@@ -68,9 +69,10 @@ class _Seen(eqx.Module, Generic[Y]):
 class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
     r"""The default fixed-point solver: a safeguarded combination of three methods.
 
-    A step is one evaluation of `fn`. A layer opens with plain iteration from `y0`, as
-    long as that halves the residual per step on average; where it does not, that has
-    cost up to four evaluations. `optimistix.fixed_point` opens with nothing.
+    A step is one evaluation of `fn`. A layer opens with a loop that costs much less, as
+    long as the residual shrinks well: plain iteration from `y0`, and secant steps
+    (Anderson's with one pair) for a state of up to 64 numbers. `optimistix.fixed_point`
+    opens with nothing.
 
     1. *Anderson acceleration* over the last `window` secant pairs. Each pair is
        believed as far as the last prediction of the residual was right at the distance
@@ -78,10 +80,12 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
        is the inverse slope of the last pair, $|\Delta y| / |\Delta r|$, at most 1.
     2. A trial point that is not finite, or whose residual is ten times the best, is
        *rejected*: first the mixed step alone is tried, then shorter Anderson steps.
-    3. Eight steps without progress bring a *rescue*: first plain iteration from `y0`,
-       which converges for every contraction in whatever norm; from then on
-       *Newton-Krylov* steps from the best point, with `window` probes of the residual
-       (a finite-difference GMRES) and a line search that insists on descent.
+    3. Eight steps without progress bring a *rescue*: first some plain iteration from
+       `y0`; from then on *Newton-Krylov* steps from the best point, with `window`
+       probes of the residual (a finite-difference GMRES) and a line search that insists
+       on descent; and at last plain iteration from there, which converges for every
+       contraction in whatever norm, while a hundred steps take off a tenth of the
+       residual.
 
     The point of the smallest residual is returned. It is a success if its residual, and
     its estimated distance from the solution, are within `atol + rtol |y|`: for a plain
@@ -224,8 +228,8 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
     def opening(
         self, fn: Any, y: Any, args: Any, aux: Any, max_steps: int | None
     ) -> Opened | None:
-        """Returns the outcome of plain iteration, as far as that contracts well."""
-        return picard(fn, y, args, aux, self._tolerance(y), max_steps)
+        """Returns the outcome of an iteration, as far as that contracts well."""
+        return opening(fn, y, args, aux, self._tolerance(y), max_steps)
 
     def continued(self, y: Any, state: Any, opened: Opened) -> tuple[Any, Any]:
         """Returns the step after the opening, from where that came, if it can be used.
@@ -245,12 +249,12 @@ def _points(*rows: Y) -> _Points[Y]:
 
 def _resumed(state: _State[Any], found: Continued) -> _State[Any]:
     """The state after `init`, with what the opening has found."""
-    (y, residual), (best, best_residual, best_aux) = found.anchor, found.best
+    best, best_residual, best_aux = found.best
     return _State(
-        points=_points(y, residual, best, best_residual, y, residual),
+        points=_points(*found.anchor, best, best_residual, *found.start),
         best_aux=best_aux,
-        history=state.history,
-        explained=state.explained,
+        history=found.history(state.history),
+        explained=found.explained(state.explained),
         factor=state.factor,
         control=found.control(state.control),
     )
