@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from ._captured import detach
 from ._claim import Claim
@@ -17,7 +17,7 @@ from ._condition import AbstractCondition, LeastSquares, Minimum, Root
 from ._custom_types import LinearSolver, PyTree
 from ._implicit import implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
-from ._solution import RESULTS, where_result
+from ._solution import is_successful, RESULTS, where_result
 from ._state import stop_gradient
 from .linear_solvers import AutoLinearSolver
 from .solvers import FIRE
@@ -162,7 +162,10 @@ class ImplicitAdjoint(AbstractAdjoint):
         inputs: PyTree[Any],
         tags: frozenset[object],
     ) -> PyTree[Array]:
-        """Runs optimistix's loop; optimistix calls this when given as `adjoint=`."""
+        """Runs optimistix's loop; optimistix calls this when given as `adjoint=`.
+
+        Where it reports a failure, the derivative is NaN.
+        """
         root, rest = stop_gradient(primal_fn((*stop_gradient(inputs), lax_while_loop)))
         condition = Root(lambda y, inputs: rewrite_fn(y, rest, inputs), tags)
         y = implicit_solution(
@@ -171,8 +174,17 @@ class ImplicitAdjoint(AbstractAdjoint):
             inputs,
             linear_solver=self.linear_solver,
             options=self.options,
+            trusted=_all_successful(rest),
         )
         return y, rest
+
+
+def _all_successful(outcome: PyTree[Any]) -> Bool[Array, ""]:
+    """Whether every result code in what an optimistix solve returns says success."""
+    is_code = lambda x: isinstance(x, optx.RESULTS)
+    codes = filter(is_code, jtu.tree_leaves(outcome, is_leaf=is_code))
+    successes = (jnp.asarray(is_successful(code)) for code in codes)
+    return functools.reduce(jnp.logical_and, successes, jnp.asarray(True))
 
 
 def _differentiated_while_loop(*args: Any, **kwargs: Any) -> Any:

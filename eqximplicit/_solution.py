@@ -129,6 +129,8 @@ class Solution(eqx.Module, Generic[Y, Aux]):
     - `value`: the solution, with the structure, shapes and dtypes of `y0`.
     - `result`: a [`eqximplicit.RESULTS`][] item; `RESULTS[result]` is its message.
     - `aux`: auxiliary output of the function or the solver; `None` without `has_aux`.
+        Under `ImplicitAdjoint` it is a constant: what is to be differentiated is
+        computed from `value` again.
     - `stats`: `num_steps` (int array, shape `()`; `-1` when a callable does not report
         it), `residual_norm` (float array, shape `()`: the largest absolute entry of
         the residual at `value`) and whatever the solver adds. Dimensionless.

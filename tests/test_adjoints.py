@@ -90,6 +90,18 @@ def test_meta_batch_that_raises_with_the_adjoint_of_optimistix():
     assert_close(gradient, expected)
 
 
+def test_a_failed_lane_of_optimistix_has_no_derivative():
+    def solution(y0, a):
+        fn, solver = lambda y, a: y**3 + y - a, optx.Newton(rtol=1e-10, atol=1e-10)
+        adjoint, kwargs = eqi.ImplicitAdjoint(), {"max_steps": 8, "throw": False}
+        return optx.root_find(fn, solver, y0, a, adjoint=adjoint, **kwargs).value
+
+    slopes = jax.jit(jax.vmap(jax.grad(solution, argnums=1), in_axes=(0, None)))
+    good, bad = slopes(jnp.array([1.0, 50.0]), 2.0)
+    np.testing.assert_allclose(good, 1 / 4, rtol=1e-9)
+    assert np.isnan(bad)
+
+
 # --- unrolled -----------------------------------------------------------------------
 
 STEPS = 3

@@ -217,6 +217,40 @@ def test_krylov_stops_by_itself_where_there_is_no_root():
     assert bool(stats["result"] == RESULTS.local_minimum)
 
 
+def boundary_value(y, args):
+    """Moré, Garbow and Hillstrom's problem 28: `y'' = (y + t + 1)³ / 2`."""
+    del args
+    h = 1 / (y.size + 1)
+    t, wide = h * jnp.arange(1, y.size + 1), jnp.pad(y, 1)
+    return 2 * y + h**2 * (y + t + 1) ** 3 / 2 - wide[:-2] - wide[2:]
+
+
+def test_a_large_banded_system_is_solved_by_elimination():
+    # Of condition 4e6, on which GMRES without a preconditioner stagnates.
+    t = jnp.arange(1, 2001) / 2001
+    y, stats, claimed = _solve(boundary_value, t * (t - 1))
+    assert claimed
+    assert int(stats["num_evaluations"]) <= 40
+    assert np.max(np.abs(boundary_value(y, None))) <= 1e-11
+    curve = lambda t: 2 / (2 - t) - t - 1  # the exact solution of the equation
+    np.testing.assert_allclose(y, curve(np.asarray(t)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (lambda y, _: 1e8 * (y**3 + y - 1.3), RESULTS.unattainable_tolerance),
+        (lambda y, _: 1 + (1 + y**2) ** -0.5, RESULTS.nonlinear_divergence),
+        (lambda y, _: 1 + 0 * y, RESULTS.singular_jacobian),
+    ],
+    ids=["rounding", "divergence", "singular"],
+)
+def test_a_large_state_that_is_not_solved_says_why(fn, reason):
+    _, stats, claimed = _solve(fn, jnp.ones(501))
+    assert not claimed
+    assert stats["result"] == reason
+
+
 @pytest.mark.parametrize("name", ["rtol", "atol", "max_restarts", "krylov_above"])
 def test_negative_number_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"AutoRootFinder\({name}=...\)"):

@@ -118,7 +118,7 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
             fallback=direct if small else None,
         )
         words = self._krylov_words(operator, kind, n, small)
-        if not symmetric and (found := _narrow(operator)):
+        if not symmetric and (found := narrow(operator)):
             reason = f"{found.kind} by its jaxpr, {n} unknowns: elimination, O(n)"
             solver = OnOneDevice(SparseDirect(), krylov)
             return Selection(solver, f"{reason}; over several devices: {words}")
@@ -194,7 +194,7 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
         return False
 
 
-def _narrow(operator: lx.AbstractLinearOperator) -> Structure | None:
+def narrow(operator: lx.AbstractLinearOperator) -> Structure | None:
     """The structure of a diagonal or tridiagonal operator, else `None`."""
     struct = operator.in_structure()
     if is_placed(struct) or epsilon(struct) > jnp.finfo(jnp.float32).eps:

@@ -13,7 +13,10 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
-from .._solution import Aux, RESULTS, Y
+from .._solution import as_results, Aux, RESULTS, Y
+from ..linear_solvers import SparseDirect
+from ..linear_solvers._placed import OnOneDevice
+from ..linear_solvers.auto import narrow
 from ..linear_solvers.krylov import HybridKrylov
 from . import _vector_space as vs
 
@@ -22,6 +25,11 @@ _GAMMA, _LOOSEST, _TIGHTEST, _SAFEGUARD = 0.9, 0.5, 1e-4, 0.1
 # A trial must lower |F| by this fraction of what its linear model promises.
 _DECREASE, _BACKTRACK = 1e-4, 0.25
 _BASIS = 20  # vectors of the Krylov space between two restarts of GMRES
+_BANDS = 4  # products that yield the entries of a tridiagonal matrix, and test them
+# A Newton step of so many roundings of the point cannot lead anywhere.
+_ROUNDINGS = 100.0
+# A best point this many times farther out than the start: the solve diverged.
+_FAR = 1e6
 
 
 class KrylovState(eqx.Module, Generic[Y, Aux]):
@@ -34,6 +42,8 @@ class KrylovState(eqx.Module, Generic[Y, Aux]):
     fraction: Float[Array, ""]  # of the Newton step that the trial takes
     first: Bool[Array, ""]
     num_evaluations: Int[Array, ""]
+    ever_regular: Bool[Array, ""]  # some linear solve has not broken down
+    start_length: Float[Array, ""]
     aux: Aux
 
 
@@ -42,8 +52,18 @@ def init_krylov(y: Y, aux: Aux) -> KrylovState[Y, Aux]:
     dtype = vs.real_dtype(y)
     inf, one = jnp.array(jnp.inf, dtype), jnp.array(1, dtype)
     forcing = jnp.array(_LOOSEST, dtype)
-    zero = vs.zeros_like(y)
-    return KrylovState(zero, inf, inf, forcing, one, jnp.array(True), jnp.array(0), aux)
+    return KrylovState(
+        step=vs.zeros_like(y),
+        norm=inf,
+        largest=inf,
+        forcing=forcing,
+        fraction=one,
+        first=jnp.array(True),
+        num_evaluations=jnp.array(0),
+        ever_regular=jnp.array(False),
+        start_length=vs.length(stop_gradient(y), dtype),
+        aux=aux,
+    )
 
 
 def _forcing(norm: Float[Array, ""], state: KrylovState[Any, Any]) -> Float[Array, ""]:
@@ -55,11 +75,27 @@ def _forcing(norm: Float[Array, ""], state: KrylovState[Any, Any]) -> Float[Arra
     return jnp.clip(wanted, _TIGHTEST, _LOOSEST)
 
 
-def _inner(forcing: Float[Array, ""], y: PyTree[Array]) -> Any:
-    if vs.size(y) < sys.maxsize:
-        return lx.GMRES(rtol=forcing, atol=0.0, restart=_BASIS, max_steps=10)  # pyright: ignore[reportArgumentType]
-    # lineax's compares its basis with the number of unknowns, here a symbol.
-    return HybridKrylov(rtol=_TIGHTEST, max_steps=10 * _BASIS, restart=_BASIS)
+def _inner(operator: lx.AbstractLinearOperator, forcing: Float[Array, ""]) -> Any:
+    """Elimination for bands, which GMRES without a preconditioner is lost on."""
+    struct = operator.in_structure()
+    robust = HybridKrylov(rtol=_TIGHTEST, max_steps=10 * _BASIS, restart=_BASIS)
+    if vs.size(struct) == sys.maxsize:
+        return robust  # lineax's compares its basis with the unknowns, here a symbol
+    if narrow(operator) is not None:
+        return OnOneDevice(SparseDirect(), robust)
+    return lx.GMRES(rtol=forcing, atol=0.0, restart=_BASIS, max_steps=10)  # pyright: ignore[reportArgumentType]
+
+
+def _num_products(stats: dict[str, Any], y: PyTree[Array]) -> Int[Array, ""]:
+    per_cycle = min(_BASIS, vs.size(y)) + 1
+    return jnp.asarray(
+        stats["num_steps"] * per_cycle if "num_steps" in stats else _BANDS
+    )
+
+
+def _not_broken(result: lx.RESULTS) -> Bool[Array, ""]:
+    spent = result == lx.RESULTS.max_steps_reached
+    return jnp.asarray((result == lx.RESULTS.successful) | spent)
 
 
 def step_krylov(
@@ -83,19 +119,18 @@ def step_krylov(
     accepted = jnp.isfinite(norm) & (state.first | (norm < enough))
     forcing = jnp.where(accepted, _forcing(norm, state), state.forcing)
 
-    def newton() -> tuple[Y, Int[Array, ""]]:
-        operator = lx.FunctionLinearOperator(
-            linear, jax.eval_shape(lambda: trial), tags=tags
-        )
-        sol = lx.linear_solve(operator, out, _inner(forcing, y), throw=False)
-        products = sol.stats["num_steps"] * (min(_BASIS, vs.size(y)) + 1)
-        return vs.scaled(-jnp.ones((), dtype), sol.value), jnp.asarray(products)
+    def newton() -> tuple[Y, Int[Array, ""], Bool[Array, ""]]:
+        struct = jax.eval_shape(lambda: trial)
+        operator = lx.FunctionLinearOperator(linear, struct, tags=tags)
+        sol = lx.linear_solve(operator, out, _inner(operator, forcing), throw=False)
+        step = vs.scaled(-jnp.ones((), dtype), sol.value)
+        return step, _num_products(sol.stats, y), _not_broken(sol.result)
 
-    def shorter() -> tuple[Y, Int[Array, ""]]:
+    def shorter() -> tuple[Y, Int[Array, ""], Bool[Array, ""]]:
         step = vs.scaled(jnp.full((), _BACKTRACK, dtype), state.step)
-        return step, jnp.zeros_like(state.num_evaluations)
+        return step, jnp.zeros_like(state.num_evaluations), jnp.array(False)
 
-    step, products = jax.lax.cond(accepted, newton, shorter)
+    step, products, regular = jax.lax.cond(accepted, newton, shorter)
     fraction = jnp.where(accepted, 1, _BACKTRACK * state.fraction)
     y, best_aux = vs.select(accepted, (trial, aux), (y, state.aux))
     return y, KrylovState(
@@ -106,6 +141,8 @@ def step_krylov(
         fraction=fraction.astype(dtype),
         first=jnp.array(False),
         num_evaluations=state.num_evaluations + 1 + products,
+        ever_regular=state.ever_regular | regular,
+        start_length=state.start_length,
         aux=best_aux,
     )
 
@@ -120,9 +157,19 @@ def is_over_krylov(
     return success | no_start | too_short, success
 
 
-def why_krylov(state: KrylovState[Any, Any], atol: float) -> RESULTS:
+def why_krylov(state: KrylovState[Any, Any], y: PyTree[Array], atol: float) -> RESULTS:
     """How a solve that is over ended; to be asked once, after the loop."""
     _, success = is_over_krylov(state, atol)
+    dtype = state.norm.dtype
+    length, step = (stop_gradient(vs.length(v, dtype)) for v in (y, state.step))
+    far = length > _FAR * jnp.where(state.start_length > 0, state.start_length, 1)
+    rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps) * length
+    exact = (step > 0) & (step <= state.fraction * rounding)
+
+    diverged = as_results(RESULTS.nonlinear_divergence)
+    reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
+    reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)
+    reason = RESULTS.where(exact, RESULTS.unattainable_tolerance, reason)
     no_start = ~jnp.isfinite(state.largest)
-    reason = RESULTS.where(no_start, RESULTS.nonfinite_start, RESULTS.local_minimum)
+    reason = RESULTS.where(no_start, RESULTS.nonfinite_start, reason)
     return RESULTS.where(success, RESULTS.successful, reason)

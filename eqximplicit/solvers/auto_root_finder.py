@@ -58,7 +58,8 @@ class AutoRootFinder(
 
     Above `krylov_above` unknowns no Jacobian is formed: the same name then stands for
     an inexact Newton-Krylov method with backtracking (GMRES, as accurate as Eisenstat
-    and Walker's forcing term asks), whose state keeps the leaves of `y`. A state of
+    and Walker's forcing term asks; elimination where the jaxpr of `fn` shows at most
+    three bands, on one device), whose state keeps the leaves of `y`. A state of
     complex or of several dtypes is solved with a Jacobian at any size.
 
     Hard problems take some hundred steps; `max_steps=512` leaves room for the restarts.
@@ -204,7 +205,7 @@ class AutoRootFinder(
         del fn, aux, args, options, tags
         limits = self._limits(y)
         if isinstance(state, KrylovState):
-            reason, largest = why_krylov(state, limits.atol), state.largest
+            reason, largest = why_krylov(state, y, limits.atol), state.largest
             restarts = jnp.zeros_like(state.num_evaluations)
             evaluations = state.num_evaluations
         else:
