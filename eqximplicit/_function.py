@@ -17,7 +17,14 @@ from ._failure import refuse_failure
 from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
 from ._solution import RESULTS, Solution, where_result
-from ._state import all_finite, as_state, max_abs, stop_gradient
+from ._state import (
+    all_finite,
+    as_arrays,
+    as_state,
+    max_abs,
+    numbers_as_arrays,
+    stop_gradient,
+)
 from ._static import refuse_static_arrays
 from .solvers import AbstractHostSolver
 from .solvers._default import default_solver
@@ -191,8 +198,9 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "`ImplicitFunction(..., y0=...)`."
             )
         refuse_static_arrays(args, "args")
+        guess = guess if _is_bare(self.solver) else as_state(guess)
         compiled = _is_iterative(self.solver) and not _is_staged()
-        solve = _solve_jit if compiled else _solve
+        solve = _solve_compiled if compiled else _solve
         solution = solve(self, guess, args, diagnose)
         return refuse_failure(solution) if self.throw else solution
 
@@ -261,8 +269,9 @@ def _solve(
     condition, solver = layer.condition, layer.solver
     if not _is_bare(solver):
         condition = _with_aux(condition, layer.has_aux)
-        y0 = as_state(y0)
         condition = hoist(condition, y0, args)
+        # After the hoist: in `fn`, a Python number takes the dtype of its operand.
+        condition, args = as_arrays((condition, args))
 
     def run(solve: Solve, while_loop: WhileLoop) -> Outcome:
         outcome = _run(layer, solve, while_loop)
@@ -271,6 +280,12 @@ def _solve(
     solve = Solve(condition, solver, y0, args, run)
     outcome = layer.adjoint.differentiable(solve, layer.residual_tol)
     return Solution(outcome.y, outcome.result, outcome.aux, outcome.stats)
+
+
+def _solve_compiled(
+    layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any, diagnose: bool
+) -> Solution[Any, Any]:
+    return _solve_jit(layer, y0, numbers_as_arrays(args), diagnose)
 
 
 _solve_jit = eqx.filter_jit(_solve)

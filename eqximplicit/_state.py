@@ -213,6 +213,17 @@ def as_arrays(tree: T) -> T:
     )
 
 
+def numbers_as_arrays(tree: T) -> T:
+    """`tree`, its inexact Python numbers as arrays of weak type.
+
+    A program is compiled once for all values of an array. Integers and truth values
+    stay as they are: they may be shapes, exponents or choices.
+    """
+    return jtu.tree_map(
+        lambda x: jnp.asarray(x) if isinstance(x, (float, complex)) else x, tree
+    )
+
+
 def stop_gradient(tree: T) -> T:
     """`tree` with no derivative through any of its arrays."""
     diff, rest = eqx.partition(tree, eqx.is_inexact_array)

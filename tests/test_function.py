@@ -452,6 +452,28 @@ def test_second_eager_call_compiles_nothing():
     assert len(traces) == traced
 
 
+def test_eager_call_with_another_python_number_compiles_nothing():
+    traces = []
+
+    def fn(y, args):
+        traces.append(1)
+        a, order = args["a"], args["order"]
+        assert isinstance(order, int)  # may be a shape, so it stays one
+        return y**order + y - a
+
+    layer = eqi.ImplicitFunction(eqi.Root(fn), optx.Newton(rtol=1e-5, atol=1e-5))
+    layer(jnp.float32(0.5), {"a": 2.0, "order": 3})
+    traced = len(traces)
+    y = layer(jnp.float32(0.7), {"a": 10.0, "order": 3})
+    assert y.dtype == jnp.float32  # a number takes the dtype of the state, as ever
+    np.testing.assert_allclose(y, 2.0, rtol=1e-5)
+    assert len(traces) == traced
+    layer(0.5, {"a": 2.0, "order": 3})
+    traced = len(traces)
+    np.testing.assert_allclose(layer(1, {"a": 10.0, "order": 3}), 2.0, rtol=1e-5)
+    assert len(traces) == traced
+
+
 def test_solver_is_traced_once_per_compilation_and_run_once_per_call():
     traces, runs = [], []
 

@@ -318,3 +318,24 @@ def test_missing_scipy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"eqximplicit\[scipy\]"):
         host.ScipyMinimize()
+
+
+def scipy_cubic(y0, a):
+    """The root of `y³ + y = a` by SciPy; `a` is an argument and a captured array."""
+    layer = eqi.ImplicitFunction(
+        eqi.Root(lambda y, b: y**3 + y - (a + b) / 2), eqi.ScipyRoot()
+    )
+    return jnp.sum(layer(y0, a))
+
+
+def test_derivative_of_a_host_solver_at_a_python_float():
+    gradient = jax.grad(lambda a: scipy_cubic(jnp.ones(2, jnp.float32), a))(2.0)
+    np.testing.assert_allclose(gradient, 2 / 4, rtol=1e-5)
+    hessian = jax.hessian(lambda a: scipy_cubic(jnp.ones(()), a))(2.0)
+    np.testing.assert_allclose(hessian, -6 / 64, rtol=1e-5)
+
+
+def test_derivative_of_a_host_solver_without_jit():
+    with jax.disable_jit():
+        gradient = jax.grad(lambda a: scipy_cubic(jnp.ones(()), a))(2.0)
+    np.testing.assert_allclose(gradient, 1 / 4, rtol=1e-5)
