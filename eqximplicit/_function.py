@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
 import optimistix as optx
 from jax.core import Tracer
 
@@ -16,6 +17,7 @@ from ._condition import AbstractCondition, hoist
 from ._failure import refuse_failure
 from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
+from ._read import Read, without_arrays
 from ._solution import RESULTS, Solution, where_result
 from ._state import (
     all_finite,
@@ -47,7 +49,9 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
 
     **Arguments:**
 
-    - `condition`: what defines the solution: `Root(fn)`, `FixedPoint(fn)`, ...
+    - `condition`: what defines the solution: `Root(fn)`, `FixedPoint(fn)`, ... An eager
+        call notices a change of what `fn` reads (captured arrays, globals, attributes
+        by name) and compiles anew; what changes often belongs into `args`.
     - `solver`: how it is found: an optimistix solver, a host solver, or any callable
         `(y0, args) -> y`, traceable by JAX or not. By default, one for the condition.
     - `adjoint`: how it is differentiated; `ImplicitAdjoint()` by default.
@@ -198,7 +202,6 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "`ImplicitFunction(..., y0=...)`."
             )
         refuse_static_arrays(args, "args")
-        guess = guess if _is_bare(self.solver) else as_state(guess)
         compiled = _is_iterative(self.solver) and not _is_staged()
         solve = _solve_compiled if compiled else _solve
         solution = solve(self, guess, args, diagnose)
@@ -269,6 +272,7 @@ def _solve(
     condition, solver = layer.condition, layer.solver
     if not _is_bare(solver):
         condition = _with_aux(condition, layer.has_aux)
+        y0 = as_state(y0)
         condition = hoist(condition, y0, args)
         # After the hoist: in `fn`, a Python number takes the dtype of its operand.
         condition, args = as_arrays((condition, args))
@@ -285,10 +289,31 @@ def _solve(
 def _solve_compiled(
     layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any, diagnose: bool
 ) -> Solution[Any, Any]:
-    return _solve_jit(layer, y0, numbers_as_arrays(args), diagnose)
+    """The solve, compiled and kept for the next call."""
+    # One program for all values. An integer in `args` may be a shape or an exponent.
+    y0 = numbers_as_arrays(y0, (int, float, complex))
+    args = numbers_as_arrays(args, (float, complex))
+    return _solve_kept(layer, y0, args, diagnose, _read_by(layer, args))
 
 
-_solve_jit = eqx.filter_jit(_solve)
+def _read_by(layer: ImplicitFunction[Any, Any, Any, Any], args: Any) -> Read:
+    """What the functions of a layer read, apart from the arrays that they are given."""
+    rest = jtu.tree_leaves((layer.solver, layer.adjoint, layer.options, args))
+    functions = [leaf for leaf in rest if not eqx.is_array(leaf)]
+    return Read(without_arrays(layer.condition.fn), functions)
+
+
+@eqx.filter_jit
+def _solve_kept(
+    layer: ImplicitFunction[Any, Any, Any, Any],
+    y0: Any,
+    args: Any,
+    diagnose: bool,
+    read: Read,
+) -> Solution[Any, Any]:
+    solution = _solve(layer, y0, args, diagnose)
+    read.renew()  # what the trace itself changed (a counter, a cache) is no news
+    return solution
 
 
 def _with_aux(

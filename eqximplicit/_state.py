@@ -213,15 +213,14 @@ def as_arrays(tree: T) -> T:
     )
 
 
-def numbers_as_arrays(tree: T) -> T:
-    """`tree`, its inexact Python numbers as arrays of weak type.
+def numbers_as_arrays(tree: T, kinds: tuple[type, ...]) -> T:
+    """`tree`, its Python numbers of these kinds as arrays of weak type."""
 
-    A program is compiled once for all values of an array. Integers and truth values
-    stay as they are: they may be shapes, exponents or choices.
-    """
-    return jtu.tree_map(
-        lambda x: jnp.asarray(x) if isinstance(x, (float, complex)) else x, tree
-    )
+    def leaf_as_array(x: Any) -> Any:
+        number = isinstance(x, kinds) and not isinstance(x, bool)
+        return jnp.asarray(x) if number else x
+
+    return jtu.tree_map(leaf_as_array, tree)
 
 
 def stop_gradient(tree: T) -> T:

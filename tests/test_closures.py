@@ -378,3 +378,146 @@ def test_particle_gradients_need_the_implicit_term_or_not(outer, rows):
     assert_close(
         (by_sigma[0], by_alpha[0]), [np.array(r) for r in BY_ROW[rows]], PARTICLES
     )
+
+
+class Spring:
+    """A plain Python object, that JAX and Equinox know nothing of."""
+
+    scale = 1.0
+
+    def __init__(self, stiffness):
+        self.stiffness, self.parts, self.traces = stiffness, [stiffness], 0
+
+    def _force(self, y):
+        return self.stiffness * self.scale * y
+
+    def residual(self, y, a):
+        self.traces += 1
+        return self._force(y) - a
+
+
+class Holder(eqx.Module):
+    spring: Spring
+
+    def __call__(self, y, a):
+        return self.spring.residual(y, a)
+
+
+STIFFNESS = jnp.array(2.0)
+
+
+def _global_force(y):
+    return STIFFNESS * y
+
+
+def _rebind_global(k):
+    global STIFFNESS
+    STIFFNESS = jnp.array(k)
+
+
+def _rebound_attribute():
+    spring = Spring(jnp.array(2.0))
+    return spring.residual, lambda k: setattr(spring, "stiffness", jnp.array(k))
+
+
+def _rebound_number():
+    spring = Spring(2.0)
+    return spring.residual, lambda k: setattr(spring, "stiffness", k)
+
+
+def _class_attribute():
+    class Scaled(Spring):
+        pass
+
+    return Scaled(2.0).residual, lambda k: setattr(Scaled, "scale", k / 2)
+
+
+def _object_in_a_module():
+    spring = Spring(jnp.array(2.0))
+    return Holder(spring), lambda k: setattr(spring, "stiffness", jnp.array(k))
+
+
+def _object_given_to_a_helper():
+    spring = Spring(jnp.array(2.0))
+    force = lambda s, y: s.stiffness * y
+    return (
+        lambda y, a: force(spring, y) - a,
+        lambda k: setattr(spring, "stiffness", jnp.array(k)),
+    )
+
+
+def _rebound_cell():
+    stiffness = jnp.array(2.0)
+
+    def change(k):
+        nonlocal stiffness
+        stiffness = jnp.array(k)
+
+    return lambda y, a: stiffness * y - a, change
+
+
+def _global_of_a_helper():
+    _rebind_global(2.0)
+    return lambda y, a: _global_force(y) - a, _rebind_global
+
+
+def _array_changed_in_place():
+    stiffness = np.array([2.0, 0.0])
+    return (
+        lambda y, a: jnp.asarray(stiffness)[0] * y - a,
+        lambda k: stiffness.__setitem__(0, k),
+    )
+
+
+def _container_changed_in_place():
+    held = {"k": [jnp.array(2.0)]}
+    return (
+        functools.partial(lambda h, y, a: h["k"][0] * y - a, held),
+        lambda k: held.update(k=[jnp.array(k)]),
+    )
+
+
+CHANGES = [
+    _rebound_attribute,
+    _rebound_number,
+    _class_attribute,
+    _object_in_a_module,
+    _object_given_to_a_helper,
+    _rebound_cell,
+    _global_of_a_helper,
+    _array_changed_in_place,
+    _container_changed_in_place,
+]
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_eager_layer_sees_a_change_of_what_its_function_reads(case):
+    fn, change = case()
+    layer = eqi.ImplicitFunction(eqi.Root(fn), optx.Newton(**NEWTON))
+    solve = lambda a: layer(jnp.array(0.5), a)
+    for k in (2.0, 4.0):
+        change(k)
+        assert_close(solve(jnp.array(1.0)), 1 / k)
+        assert_close(jax.grad(solve)(jnp.array(1.0)), 1 / k)
+
+
+def test_gradient_through_an_attribute_may_be_taken_again():
+    spring = Spring(jnp.array(1.0))
+
+    def loss(k):
+        spring.stiffness = k
+        return eqi.root_find(spring.residual, jnp.array(0.5), jnp.array(1.0)).value
+
+    for k in (2.0, 3.0):
+        assert_close(jax.grad(loss)(jnp.array(k)), -1 / k**2)
+
+
+def test_eager_layer_compiles_once_where_nothing_that_is_read_changes():
+    spring = Spring(jnp.array(2.0))
+    traced = []
+    for i in range(3):
+        layer = eqi.ImplicitFunction(eqi.Root(spring.residual), optx.Newton(**NEWTON))
+        assert_close(layer(jnp.array(0.5), jnp.array(1.0)), 0.5)
+        traced.append(spring.traces)
+        spring.parts.append(i)  # no function reads this
+    assert traced == [traced[0]] * 3
