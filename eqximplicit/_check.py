@@ -8,7 +8,7 @@ import jax
 import lineax as lx
 import numpy as np
 
-from ._derivatives import Derivatives, derivatives, deviation
+from ._derivatives import Derivatives, derivatives, deviation, modes
 from ._disagreement import disagreements
 from ._finding import Finding, number, rendered, serious
 from ._forward import (
@@ -48,7 +48,8 @@ class ImplicitReport(eqx.Module):
     - `difference_error`: the relative deviation of the implicit directional derivative
         from central differences of the solver, and `difference_noise`: theirs.
     - `unrolled_error`: its deviation from that of the solver's unrolled steps.
-    - `transposition_error`: the deviation of reverse mode from forward mode.
+    - `transposition_error`: the deviation of reverse mode from forward mode, for an
+        adjoint that has both.
     """
 
     findings: tuple[Finding, ...] = eqx.field(static=True)
@@ -87,10 +88,10 @@ def check_implicit(
     r"""Returns a report on whether the derivative of a layer is right, and if not, why.
 
     It solves about a dozen times and takes one directional derivative by the layer's
-    own adjoint in forward and in reverse mode, by differences of the solver, and
-    through the solver's steps where JAX can. It looks at the residual, at the jaxpr of
-    the condition, at the tags, and (up to 512 unknowns) at the spectrum of
-    $\partial F/\partial y$. For tests and notebooks, not for a training loop.
+    own adjoint in forward and in reverse mode (or the one it has), by differences of
+    the solver, and through the solver's steps where JAX can. It looks at the residual,
+    at the jaxpr of the condition, at the tags, and (up to 512 unknowns) at the spectrum
+    of $\partial F/\partial y$. For tests and notebooks, not for a training loop.
 
     A solver that is a bare callable is told `args` alone, so its parameters are moved
     there and not in the condition.
@@ -140,6 +141,7 @@ def _check(point: Point, random: np.random.Generator) -> ImplicitReport:
         *conditioning(point, spectrum),
         *not_a_minimum(point, spectrum),
         *([] if taken is None else disagreements(taken, point.eps)),
+        *_missing_mode(point),
         *guess(point, project, random),
     ]
     return _report(tuple(findings), measured, spectrum, taken)
@@ -177,6 +179,21 @@ def _projection(point: Point, spectrum: Spectrum | None) -> Callable[[Vector], V
         return lambda vector: vector
     basis = spectrum.range_basis
     return lambda vector: basis @ (basis.T @ vector)
+
+
+def _missing_mode(point: Point) -> list[Finding]:
+    missing = {"forward", "reverse"} - modes(point)
+    return [
+        Finding(
+            "note",
+            f"The adjoint has no {mode} mode, so its modes were not compared.",
+            "`adjoint`",
+            "1 of 2 modes",
+            f"For {mode} mode, use `eqi.UnrolledAdjoint(mode={mode!r})`, or "
+            "`eqi.ImplicitAdjoint()`, which has both.",
+        )
+        for mode in missing
+    ]
 
 
 def _missing_tag(point: Point, random: np.random.Generator) -> list[Finding]:

@@ -38,13 +38,14 @@ class Derivatives(eqx.Module):
     """A directional derivative `ẏ`, and what it was compared with.
 
     All errors are Euclidean, relative to the larger of the two sides; `None` where
-    there is nothing to compare with.
+    there is nothing to compare with. Without forward mode, the vectors have one entry,
+    the derivative along a cotangent.
     """
 
     implicit: Vector
     differences: Differences
     unrolled: Vector | None
-    transposition: float
+    transposition: float | None
 
     @property
     def relative_noise(self) -> float:
@@ -143,12 +144,14 @@ def _pairing(a: Any, b: Any) -> float:
     return float(sum(np.sum(np.real(np.asarray(x) * np.asarray(y))) for x, y in pairs))
 
 
-def _transposition(
-    value: Callable[[Any], Any], moving: Any, t_theta: Any, t_y: Any, ct: Any
-) -> float:
-    """`|<ȳ, ẏ> - <θ̄, θ̇>|`, relative to the larger."""
-    ct_theta = eqx.filter_vjp(value, moving)[1](ct)[0]
-    left, right = _pairing(ct, t_y), _pairing(ct_theta, t_theta)
+def modes(point: Point) -> frozenset[str]:
+    """The modes of differentiation that the adjoint of the layer has."""
+    adjoint = point.subject.layer.adjoint
+    one = isinstance(adjoint, UnrolledAdjoint)
+    return frozenset({adjoint.mode} if one else {"forward", "reverse"})
+
+
+def _relative_gap(left: float, right: float) -> float:
     scale = max(abs(left), abs(right))
     return abs(left - right) / scale if scale else 0.0
 
@@ -159,28 +162,48 @@ def derivatives(
     """Takes one random directional derivative of the solution in all four ways.
 
     `project` takes vectors to the subspace in which the solution is unique: all of it
-    but for the flat directions of a Hessian. `None` if nothing can be moved.
+    but for the flat directions of a Hessian. An adjoint without forward mode is
+    compared along a random cotangent `ȳ`, as `<ȳ, ẏ>`. `None` if nothing can be moved.
     """
     moving, resting = _split(point)
     if not jtu.tree_leaves(moving):
         return None
     t_theta = direction(moving, random)
+    drawn = project(random.standard_normal(flat(point.y).size))
+    drawn = flat(unflat(drawn, point.y))  # rounded as a cotangent is
+    tangent, paired = _by_own_modes(point, t_theta, drawn)
+    seen = project if tangent is not None else lambda v: np.array([drawn @ v])
+
+    def solve(moved: Any) -> tuple[Vector, bool]:
+        y, ok = observed(point.subject.solve(eqx.combine(moved, resting)))
+        return seen(y), ok
+
+    unrolled = _unrolled(point, t_theta)
+    here = seen(flat(point.y))
+    return Derivatives(
+        implicit=np.array([paired]) if tangent is None else project(tangent),
+        differences=differences(solve, here, moving, t_theta, point.eps),
+        unrolled=None if unrolled is None else seen(unrolled),
+        transposition=None
+        if tangent is None or paired is None
+        else _relative_gap(float(drawn @ tangent), paired),
+    )
+
+
+def _by_own_modes(
+    point: Point, t_theta: Any, ct: Vector
+) -> tuple[Vector | None, float | None]:
+    """`ẏ` by forward mode, and `<θ̄, θ̇>` by reverse mode from `ȳ`, as far as there."""
+    moving, resting = _split(point)
 
     def value(moving: Any) -> Any:
         return point.subject.solve(eqx.combine(moving, resting)).value
 
-    _, t_y = eqx.filter_jvp(value, (moving,), (t_theta,))
-    here, unrolled = project(flat(point.y)), _unrolled(point, t_theta)
-    drawn = unflat(project(random.standard_normal(here.size)), point.y)
-    ct = jtu.tree_map(jnp.conj, drawn)  # JAX pairs cotangents without a conjugate
-
-    def solve(moved: Any) -> tuple[Vector, bool]:
-        y, ok = observed(point.subject.solve(eqx.combine(moved, resting)))
-        return project(y), ok
-
-    return Derivatives(
-        implicit=project(flat(t_y)),
-        differences=differences(solve, here, moving, t_theta, point.eps),
-        unrolled=None if unrolled is None else project(unrolled),
-        transposition=_transposition(value, moving, t_theta, t_y, ct),
-    )
+    tangent = paired = None
+    if "forward" in modes(point):
+        tangent = flat(eqx.filter_jvp(value, (moving,), (t_theta,))[1])
+    if "reverse" in modes(point):
+        # JAX pairs cotangents without a conjugate.
+        ct_y = jtu.tree_map(jnp.conj, unflat(ct, point.y))
+        paired = _pairing(eqx.filter_vjp(value, moving)[1](ct_y)[0], t_theta)
+    return tangent, paired

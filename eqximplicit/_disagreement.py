@@ -26,7 +26,7 @@ def disagreements(found: Derivatives, eps: float) -> list[Finding]:
         error = deviation(implicit, found.unrolled)
         if error > max(_WRONG, eps**0.25):
             findings.append(_against_unrolled(error))
-    if not found.transposition <= eps**0.5:
+    if found.transposition is not None and not found.transposition <= eps**0.5:
         findings.append(_against_transpose(found.transposition))
     return findings
 

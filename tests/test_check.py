@@ -61,6 +61,30 @@ def test_right_derivative_is_ok_and_every_witness_agrees():
     )
 
 
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_the_one_mode_of_an_unrolled_adjoint_is_held_against_differences(mode):
+    adjoint = eqi.UnrolledAdjoint(mode=mode)
+    cosine = eqi.FixedPoint(lambda y, a: 0.5 * jnp.cos(y) + a)
+    report = checked(cosine, None, jnp.zeros(2), TWO, adjoint=adjoint, max_steps=40)
+    assert report.ok, str(report)
+    assert report.difference_error < 1e-6
+    assert report.transposition_error is None
+    (missing,) = {"forward", "reverse"} - {mode}
+    assert severities(report, f"no {missing} mode") == ["note"]
+
+
+def test_a_wrong_derivative_in_reverse_mode_only_is_found():
+    @jax.custom_vjp
+    def wrong(a):
+        return a
+
+    wrong.defvjp(lambda a: (a, None), lambda _, ct: (2 * ct,))
+    cosine = eqi.FixedPoint(lambda y, a: 0.5 * jnp.cos(y) + wrong(a))
+    adjoint = eqi.UnrolledAdjoint()
+    report = checked(cosine, None, jnp.zeros(2), TWO, adjoint=adjoint, max_steps=40)
+    assert severities(report, "not that of what the solver computes") == ["error"]
+
+
 def test_print_shows_the_verdict_and_the_figures():
     text = str(healthy())
     assert text.startswith("Implicit derivative: ok")
