@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from ._custom_types import PyTree
 from .linear_solvers._residual import dot
 from .solvers import _vector_space as vs
-from .solvers._curvature import extreme_curvatures
+from .solvers._curvature import extreme_curvatures, is_negative
 
 
 class Claim(eqx.Module):
@@ -40,7 +40,9 @@ class Claim(eqx.Module):
         return jnp.asarray(self.distance, vs.real_dtype(y)) ** 2 * (1 + dot(y, y))
 
 
-def is_saddle(y: PyTree[Array], mv: Callable[[Any], PyTree[Array]]) -> Bool[Array, ""]:
+def is_saddle(
+    y: PyTree[Array], gradient: PyTree[Array], mv: Callable[[Any], PyTree[Array]]
+) -> Bool[Array, ""]:
     """Whether a Hessian `mv` at `y` has a direction of negative curvature."""
     lowest, largest = extreme_curvatures(mv, y)
-    return lowest < -(vs.resolution(y) ** 0.5) * largest
+    return is_negative(lowest, largest, y, gradient)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from ._condition import Minimum
+from ._condition import LeastSquares, Minimum
 from ._finding import Finding, number
 from ._point import flat, is_iterative, Point, unflat
 from ._solution import RESULTS
 from ._spectrum import probe, Spectrum
 from ._state import max_abs, real_dtype
+from .solvers._curvature import is_negative
 from .solvers.auto_root_finder import AutoRootFinder, default_atol
 
 Vector = np.ndarray[Any, np.dtype[Any]]
@@ -171,11 +172,17 @@ def _multiple(measured: Forward) -> Finding:
     )
 
 
+def _is_saddle(point: Point, spectrum: Spectrum) -> bool:
+    dtype = real_dtype(point.y)
+    largest = jnp.asarray(spectrum.largest, dtype)
+    lowest = jnp.asarray(spectrum.lowest * spectrum.largest, dtype)
+    return bool(is_negative(lowest, largest, point.y, point.residual(point.y)))
+
+
 def not_a_minimum(point: Point, spectrum: Spectrum | None) -> list[Finding]:
-    """A finding if a `Minimum` has a direction of negative curvature."""
-    if not isinstance(point.condition, Minimum) or spectrum is None:
-        return []
-    if spectrum.lowest >= -(point.eps**0.5):
+    """A finding if a claimed minimum has a direction of negative curvature."""
+    extremal = isinstance(point.condition, (Minimum, LeastSquares))
+    if not extremal or spectrum is None or not _is_saddle(point, spectrum):
         return []
     return [
         Finding(

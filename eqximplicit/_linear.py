@@ -186,7 +186,7 @@ def _examined(
     if claim is None:
         return rule, None
     if claim.minimum:
-        trusted = rule.trusted & ~is_saddle(y, mv)
+        trusted = rule.trusted & ~is_saddle(y, value, mv)
         rule = dataclasses.replace(rule, trusted=trusted)
     allowed = claim.allowed(y)
     if allowed is None:

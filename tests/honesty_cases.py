@@ -89,6 +89,10 @@ def wide_ridge(y, a):
     return y[0] ** 4 / 4 - a * y[0] ** 2 / 2 + y[1] ** 2
 
 
+def stiff_ridge(y, a):
+    return y[0] ** 4 / 4 - a * y[0] ** 2 / 2 + 1e10 * y[1] ** 2
+
+
 def complex_root(power_of):
     fn = lambda y, a: power_of(y) - a * (1.0 + 1.0j)
     return root(fn, 1.0 + 0.5j, pick=jnp.real)
@@ -154,6 +158,22 @@ CASES = {
             jnp.array([0.0, 0.5]),
             optx.BFGS(rtol=1e-8, atol=1e-8),
             pick=jnp.sum,
+        ),
+        2.0,
+        RIDGE_SLOPES,
+        only_ends=True,
+    ),
+    "start on a ridge, stiff across": Case(
+        solution(eqi.Minimum(stiff_ridge), jnp.array([0.0, 0.5])),
+        2.0,
+        RIDGE_SLOPES,
+        only_ends=True,
+    ),
+    "start on a ridge, stiff across, BFGS": Case(
+        solution(
+            eqi.Minimum(stiff_ridge),
+            jnp.array([0.0, 0.5]),
+            optx.BFGS(rtol=1e-8, atol=1e-8),
         ),
         2.0,
         RIDGE_SLOPES,

@@ -121,8 +121,8 @@ MUTANTS = [
     Mutant(
         "saddle turned round",
         "_linear.py",
-        "rule.trusted & ~is_saddle(y, mv)",
-        "rule.trusted & is_saddle(y, mv)",
+        "rule.trusted & ~is_saddle(y, value, mv)",
+        "rule.trusted & is_saddle(y, value, mv)",
         CLAIM,
     ),
     Mutant(

@@ -228,6 +228,24 @@ def test_saddle_is_no_minimum():
     assert severities(report, "no minimum") == ["error"]
 
 
+def test_saddle_beside_a_stiff_direction_is_no_minimum():
+    saddle = lambda y, a: 1e10 * (y[0] - a) ** 2 - (y[1] - a) ** 2
+    report = checked(eqi.Minimum(saddle), lambda y0, a: jnp.stack([a, a]), TWO, 1.0)
+    assert severities(report, "no minimum") == ["error"]
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_maximum_of_least_squares_is_no_minimum(shape):
+    report = checked(
+        eqi.LeastSquares(lambda y, a: y**2 - a),
+        lambda y0, a: 0 * a,
+        jnp.zeros(shape),
+        jnp.ones(shape),
+    )
+    assert severities(report, "no minimum") == ["error"]
+    assert not report.ok
+
+
 def test_ill_conditioned_jacobian_is_a_warning_with_its_number():
     scale = jnp.array([1.0, 1e-9])
     report = checked(

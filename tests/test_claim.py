@@ -7,6 +7,7 @@ import optimistix as optx
 import pytest
 
 import eqximplicit as eqi
+from eqximplicit._claim import is_saddle
 
 # Badly conditioned, in units that differ by 1e4, and with a solution at the origin in
 # one of them.
@@ -145,6 +146,54 @@ def test_saddle_taken_for_a_minimum_gives_nan(solver, entries):
         assert np.isnan(slope)
     for slope in gradients(solve, jnp.ones(entries), 2.0):
         np.testing.assert_allclose(slope, entries / np.sqrt(8), rtol=1e-4)
+
+
+STIFF = [(np.float64, 1e9, 1e-8), (np.float64, 1e12, 1e-8), (np.float32, 1e4, 1e-5)]
+
+
+def stiff_ridge(stiffness):
+    return lambda y, a: (
+        y[0] ** 4 / 4 - a * y[0] ** 2 / 2 + stiffness * jnp.sum(y[1:] ** 2) / 2
+    )
+
+
+@pytest.mark.parametrize(("dtype", "stiffness", "tol"), STIFF)
+@pytest.mark.parametrize("entries", [2, 100])
+def test_saddle_beside_a_stiff_direction_gives_nan(dtype, stiffness, tol, entries):
+    y0, a = jnp.zeros(entries, dtype).at[1].set(0.5), jnp.asarray(2.0, dtype)
+    condition = eqi.Minimum(stiff_ridge(stiffness))
+    for slope in gradients(layer(condition, optx.BFGS(tol, tol)), y0, a):
+        assert np.isnan(slope)
+    found = layer(condition, eqi.AutoMinimiser()).solve(y0, a)
+    assert bool(found.result == eqi.RESULTS.saddle_point)
+
+
+def ring(y, a):
+    return (y @ y - a) ** 2
+
+
+def sheet(y, a):
+    """Flat in half of all directions, and stiff by various degrees in the others."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(y.size // 2, y.size)) / np.sqrt(y.size)
+    rows *= np.geomspace(1.0, 1e-2, y.size // 2)[:, None]
+    return jnp.sum(jnp.cosh(jnp.asarray(rows, y.dtype) @ (y - a)))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("entries", [2, 100])
+@pytest.mark.parametrize("valley", [ring, sheet], ids=["ring", "sheet"])
+def test_flat_minimum_is_no_saddle(valley, entries, dtype):
+    tol = 1e-8 if dtype == np.float64 else 1e-4
+    y0 = jnp.asarray(np.linspace(0.5, 1.5, entries) / np.sqrt(entries), dtype)
+    a = jnp.asarray(1.0, dtype)
+    found = layer(eqi.Minimum(valley), eqi.AutoMinimiser(tol, tol)).solve(y0, a)
+    assert bool(found.result != eqi.RESULTS.saddle_point)
+    # Beside the minimum, too, where a curved valley bends down.
+    for offset in (0.0, -tol / 10):
+        y = found.value * (1 + offset)
+        gradient, hessian = jax.linearize(lambda y: jax.grad(valley)(y, a), y)
+        assert not bool(is_saddle(y, gradient, hessian))
 
 
 def test_flat_direction_is_no_saddle():

@@ -8,7 +8,7 @@ import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from . import _vector_space as vs
 
@@ -16,6 +16,12 @@ DENSE_SIZE = 64  # below it, n Hessian products and a dense eigenvalue problem a
 LANCZOS_STEPS = 50
 # Where a tag says that there is no negative curvature: enough for one that is plain.
 STEPS_IF_TAGGED = 12
+# Rounding of a zero eigenvalue, in epsilon times the order of the matrix times its
+# norm: on flat minima of 2 to 1000 unknowns in both precisions it was at most 0.6.
+ROUNDING = 16.0
+# Where the minima are a curve of radius R, the curvature along it is -|gradient| / R
+# beside them. A radius of one, the unit of the state, with a margin.
+BENDING = 10.0
 
 Hvp = Callable[[Any], Any]
 
@@ -42,6 +48,28 @@ def extreme_curvatures(
     """
     ritz = _dense(hvp, y) if vs.size(y) <= DENSE_SIZE else _lanczos(hvp, y, num_steps)
     return jnp.min(ritz), jnp.max(jnp.abs(ritz))
+
+
+def is_negative(
+    lowest: Float[Array, ""], largest: Float[Array, ""], y: Any, gradient: Any
+) -> Bool[Array, ""]:
+    r"""Returns whether a smallest curvature is negative, and not just by rounding.
+
+    In a flat direction it is zero up to rounding, and up to the bend of that direction
+    times the distance from the minimum, which the gradient tells. Beside a stiff
+    direction a gradient tells little: no part above $\sqrt\epsilon$ of the largest
+    curvature counts as zero.
+
+    **Arguments:**
+
+    - `lowest`, `largest`: what `extreme_curvatures` returns.
+    - `y`, `gradient`: where, and the slope there.
+    """
+    dtype, eps = lowest.dtype, vs.resolution(y)
+    order = min(vs.size(y), DENSE_SIZE)
+    bend = BENDING * vs.length(gradient, dtype) / jnp.sqrt(1 + vs.dot(y, y, dtype))
+    zero = jnp.maximum(ROUNDING * order * eps * largest, bend)
+    return lowest < -jnp.minimum(zero, eps**0.5 * largest)
 
 
 def _dense(hvp: Hvp, y: Any) -> Float[Array, " n"]:

@@ -26,7 +26,12 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import as_results, RESULTS
 from . import _vector_space as vs
-from ._curvature import extreme_curvatures, LANCZOS_STEPS, STEPS_IF_TAGGED
+from ._curvature import (
+    extreme_curvatures,
+    is_negative,
+    LANCZOS_STEPS,
+    STEPS_IF_TAGGED,
+)
 from ._newton_polish import hessian_product, polish, PolishState, start
 
 _DIVERGED = as_results(RESULTS.nonlinear_divergence)
@@ -222,14 +227,13 @@ class VerifiedDescent(eqx.Module):
         """One look at the Hessian decides whether and what the point is."""
         state, y = carry.state, carry.y
         dtype = state.polish.value.dtype
-        eps = vs.resolution(y)
         hvp = hessian_product(self._scalar(problem), y)
         lowest, largest = extreme_curvatures(hvp, y, _num_looks(problem.tags))
         # Where rounding forbids a gradient below `atol`, one that a relative change
         # `rtol` of `y` would cause is as good as zero.
         slack = self.rtol * vs.norm_of(self.norm, hvp(y), dtype)
         small = ~(state.polish.gradient_norm > self.atol + slack)
-        saddle = lowest < -(eps**0.5) * largest
+        saddle = is_negative(lowest, largest, y, state.polish.gradient)
         # `‖∇f‖ / ‖H‖` is no more than the Newton step, the distance from a minimum.
         size = jnp.maximum(vs.length(y, dtype), 1)
         far = state.polish.gradient_norm > FAR * size * largest
