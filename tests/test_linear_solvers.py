@@ -216,6 +216,34 @@ def test_flat_direction_of_a_minimum_gives_the_minimum_norm_solution(n, dtype):
     assert np.max(np.abs(x - expected)) < ITERATIVE[dtype] * np.max(np.abs(expected))
 
 
+SOFT = [(np.float64, 1.0, 2e-11, 1e-8), (np.float32, 1.0, 3e-5, 2e-4)]
+SOFT += [(np.float64, 1e8, 1e-12, part) for part in (1e-3, 1.0, None)]
+
+
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize(("dtype", "stiff", "soft", "part"), SOFT)
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_soft_direction_that_is_cut_is_no_null_space(n, dtype, stiff, soft, part, size):
+    """A right-hand side with a `part` in it, or there alone, whatever its size."""
+    basis = np.linalg.qr(np.random.default_rng(RNG_SEED).normal(size=(n, n)))[0]
+    matrix = stiff * basis @ np.diag([*np.ones(n - 1), soft]) @ basis.T
+    operator = _operator((matrix + matrix.T) / 2, lx.symmetric_tag, dtype)
+    b = basis[:, -1] if part is None else basis[:, 0] + part * basis[:, -1]
+    x, ok, _ = _run(AutoLinearSolver(), operator, size * b, dtype)
+    given = np.asarray(operator.as_matrix(), float), (size * b).astype(dtype)
+    expected = np.linalg.solve(*given)
+    # Cholesky may have kept it, to half of the digits that are left of it.
+    close = np.linalg.norm(x - expected) < 0.05 * np.linalg.norm(expected)
+    assert not ok or close
+    # Without a part in it, or if asked for, the rest is answered.
+    x, ok, _ = _run(AutoLinearSolver(), operator, size * basis[:, 0], dtype)
+    assert ok
+    expected = size / stiff * basis[:, 0]
+    assert np.linalg.norm(x - expected) < 0.05 * np.linalg.norm(expected)
+    _, ok, _ = _run(DirectSymmetric(rcond=0.1), operator, size * basis[:, 0], dtype)
+    assert ok
+
+
 @pytest.mark.parametrize("n", [3, 12, 50])
 def test_inconsistent_flat_direction_fails_unless_projected(n):
     rng = np.random.default_rng(RNG_SEED)

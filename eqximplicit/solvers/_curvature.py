@@ -10,15 +10,13 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
+from ..linear_solvers.dense import zero_below
 from . import _vector_space as vs
 
 DENSE_SIZE = 64  # below it, n Hessian products and a dense eigenvalue problem are cheap
 LANCZOS_STEPS = 50
 # Where a tag says that there is no negative curvature: enough for one that is plain.
 STEPS_IF_TAGGED = 12
-# Rounding of a zero eigenvalue, in epsilon times the order of the matrix times its
-# norm: on flat minima of 2 to 1000 unknowns in both precisions it was at most 0.6.
-ROUNDING = 16.0
 # Where the minima are a curve of radius R, the curvature along it is -|gradient| / R
 # beside them. A radius of one, the unit of the state, with a margin.
 BENDING = 10.0
@@ -68,7 +66,7 @@ def is_negative(
     dtype, eps = lowest.dtype, vs.resolution(y)
     order = min(vs.size(y), DENSE_SIZE)
     bend = BENDING * vs.length(gradient, dtype) / jnp.sqrt(1 + vs.dot(y, y, dtype))
-    zero = jnp.maximum(ROUNDING * order * eps * largest, bend)
+    zero = jnp.maximum(zero_below(order, eps) * largest, bend)
     return lowest < -jnp.minimum(zero, eps**0.5 * largest)
 
 
