@@ -312,7 +312,7 @@ def _solve_kept(
     read: Read,
 ) -> Solution[Any, Any]:
     solution = _solve(layer, y0, args, diagnose)
-    read.renew()  # what the trace itself changed (a counter, a cache) is no news
+    read.keep()  # what the trace itself changed (a counter, a cache) is no news
     return solution
 
 

@@ -42,6 +42,30 @@ class _Same:
     __hash__ = object.__hash__
 
 
+class _Content:
+    """A NumPy array, which is compared by its bytes."""
+
+    def __init__(self, array: Any):
+        self.array = np.asarray(array)
+
+    def copied(self) -> "_Content":
+        return _Content(self.array.copy())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Content):
+            return False
+        mine, theirs = self.array, other.array
+        same = mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        return same and np.array_equal(_bytes(mine), _bytes(theirs))
+
+    __hash__ = object.__hash__
+
+
+def _bytes(array: Any) -> Any:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint8 if flat.nbytes % 8 else np.uint64)
+
+
 class Read:
     """What callables read. Two of these are equal if nothing of it has changed.
 
@@ -50,14 +74,18 @@ class Read:
 
     def __init__(self, *roots: Any):
         self._roots = roots
-        self.renew()
+        self._values = _read(roots)
 
-    def renew(self) -> None:
-        """Looks again."""
-        self._values = _read(self._roots)
+    def keep(self) -> None:
+        """Looks again, and keeps what may be changed in place."""
+        values = _read(self._roots)
+        self._values = [v.copied() if isinstance(v, _Content) else v for v in values]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Read) and self._values == other._values
+        try:
+            return isinstance(other, Read) and bool(self._values == other._values)
+        except Exception:  # an object that cannot tell is taken for another one
+            return False
 
     def __hash__(self) -> int:
         return hash(Read)
@@ -83,8 +111,8 @@ def _values(value: object, names: set[str], seen: set[int]) -> Iterator[Hashable
     """What tells `value` from another, and so on for what it holds."""
     if isinstance(value, _PLAIN):
         yield repr(value)  # which tells 1 from 1.0, and 0.0 from -0.0
-    elif isinstance(value, (np.ndarray, np.generic)):
-        yield value.dtype.str, value.shape, value.tobytes()
+    elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
+        yield _Content(value)
     elif isinstance(value, jax.Array):
         yield _Same(value)
     elif id(value) not in seen:
