@@ -221,13 +221,13 @@ def boundary_value(y, args):
     """Moré, Garbow and Hillstrom's problem 28: `y'' = (y + t + 1)³ / 2`."""
     del args
     h = 1 / (y.size + 1)
-    t, wide = h * jnp.arange(1, y.size + 1), jnp.pad(y, 1)
+    t, wide = h * jnp.arange(1.0, y.size + 1), jnp.pad(y, 1)
     return 2 * y + h**2 * (y + t + 1) ** 3 / 2 - wide[:-2] - wide[2:]
 
 
 def test_a_large_banded_system_is_solved_by_elimination():
     # Of condition 4e6, on which GMRES without a preconditioner stagnates.
-    t = jnp.arange(1, 2001) / 2001
+    t = jnp.arange(1.0, 2001) / 2001
     y, stats, claimed = _solve(boundary_value, t * (t - 1))
     assert claimed
     assert int(stats["num_evaluations"]) <= 40
