@@ -1,8 +1,9 @@
 """JOIN, for a solver that you already have: give it a derivative by decoration."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import equinox as eqx
 
@@ -33,16 +34,16 @@ class _OnArguments(eqx.Module):
         return self.fn(y, *extra, *arguments.args, **arguments.kwargs)
 
 
-def _chosen(argnums: int | Sequence[int] | None, arguments: _Arguments) -> _Arguments:
+def _chosen(
+    argnums: SupportsIndex | Sequence[int] | None, arguments: _Arguments
+) -> _Arguments:
     if argnums is None:
         return arguments
-    chosen = {argnums} if isinstance(argnums, int) else set(argnums)
+    given = [argnums] if isinstance(argnums, SupportsIndex) else argnums
+    chosen = set(map(operator.index, given))
     count = len(arguments.args)
     if not chosen <= set(range(1, count + 1)):
-        raise ValueError(
-            f"`argnums={argnums}` must name positional arguments between 1 and {count}"
-            "; argument 0 is the initial guess, which has no derivative."
-        )
+        raise ValueError(_bad_argnums(argnums, arguments))
     args = [
         arg if i in chosen else stop_gradient(arg)
         for i, arg in enumerate(arguments.args, start=1)
@@ -50,13 +51,25 @@ def _chosen(argnums: int | Sequence[int] | None, arguments: _Arguments) -> _Argu
     return _Arguments(tuple(args), stop_gradient(arguments.kwargs))
 
 
+def _bad_argnums(argnums: SupportsIndex | Sequence[int], arguments: _Arguments) -> str:
+    count, keywords = len(arguments.args), ", ".join(arguments.kwargs)
+    between = f"between 1 and {count}" if count else "after the initial guess"
+    return (
+        f"`argnums={argnums}` must name arguments passed by position {between}; "
+        f"this call has {count}. Argument 0 is the initial guess, which has no "
+        "derivative."
+        + (f" Pass `{keywords}` by position, not by keyword." if keywords else "")
+    )
+
+
 def _decorate(
     condition: AbstractCondition[Any, _Arguments],
     solver: F,
     has_aux: bool,
-    argnums: int | Sequence[int] | None,
+    argnums: SupportsIndex | Sequence[int] | None,
     adjoint: ImplicitAdjoint,
 ) -> F:
+    @functools.wraps(solver)  # errors name the solver
     def call(y0: Any, arguments: _Arguments) -> Any:
         return solver(y0, *arguments.args, **arguments.kwargs)
 
@@ -75,7 +88,7 @@ def custom_root(
     *,
     has_aux: bool = False,
     takes_aux: bool = False,
-    argnums: int | Sequence[int] | None = None,
+    argnums: SupportsIndex | Sequence[int] | None = None,
     linear_solver: LinearSolver | None = None,
     tags: object = frozenset(),
 ) -> Callable[[F], F]:
@@ -120,7 +133,7 @@ def custom_fixed_point(
     *,
     has_aux: bool = False,
     takes_aux: bool = False,
-    argnums: int | Sequence[int] | None = None,
+    argnums: SupportsIndex | Sequence[int] | None = None,
     linear_solver: LinearSolver | None = None,
     tags: object = frozenset(),
 ) -> Callable[[F], F]:

@@ -154,6 +154,28 @@ def test_argnums_out_of_range_are_refused(argnums):
         ridge(None, DATA, 0.3)
 
 
+def test_argnums_of_an_argument_passed_by_keyword_are_refused_with_a_remedy():
+    ridge = eqi.custom_root(ridge_optimality, argnums=1)(ridge_python)
+    with pytest.raises(ValueError, match="this call has 0.*`data, l2` by position"):
+        ridge(None, data=DATA, l2=0.3)
+
+
+def test_argnums_may_be_a_numpy_integer():
+    cube = eqi.custom_root(lambda y, a: y**3 - a, argnums=np.int64(1))
+    assert_close(
+        jax.grad(lambda a: cube(lambda _, a: jnp.cbrt(a))(1.0, a))(8.0), 1 / 12
+    )
+
+
+def test_error_under_jit_names_the_decorated_solver():
+    @eqi.custom_root(lambda y, a: y**3 - a)
+    def cube_root(y0, a):
+        return float(a) ** (1 / 3)
+
+    with pytest.raises(ValueError, match="solver `cube_root` asked for the value"):
+        jax.jit(lambda a: cube_root(1.0, a))(8.0)
+
+
 @pytest.mark.parametrize("container", [list, tuple], ids=["list", "tuple"])
 def test_custom_fixed_point_of_a_state_with_structure(container):
     def fixed_point_map(state, args):
