@@ -8,13 +8,14 @@ from typing import Any, Literal
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool
 
 from ._captured import detach
 from ._claim import Claim
 from ._condition import AbstractCondition, LeastSquares, Minimum, Root
-from ._custom_types import LinearSolver, PyTree
+from ._custom_types import check_instance, LinearSolver, PyTree
 from ._implicit import implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import is_successful, RESULTS, where_result
@@ -132,6 +133,14 @@ class ImplicitAdjoint(AbstractAdjoint):
 
     linear_solver: LinearSolver = eqx.field(default_factory=AutoLinearSolver)
     options: dict[str, Any] = eqx.field(default_factory=dict)
+
+    def __check_init__(self) -> None:
+        check_instance(
+            "linear_solver",
+            self.linear_solver,
+            lx.AbstractLinearSolver,
+            "a lineax solver, `eqi.DirectLU()` say",
+        )
 
     def differentiable(self, solve: Solve, residual_tol: float | None) -> Outcome:
         """Returns the outcome of the detached solve with the derivative attached.

@@ -36,3 +36,29 @@ else:
     from lineax import AbstractLinearSolver as AbstractLinearSolver
 
     LinearSolver = AbstractLinearSolver
+
+
+def check_no_class(name: str, given: object) -> None:
+    """Refuses a class where an instance belongs.
+
+    **Raises:** `TypeError` naming the class.
+    """
+    if isinstance(given, type):
+        raise TypeError(
+            f"`{name}` is the class `{given.__name__}`. Pass an instance, "
+            f"`{given.__name__}(...)`."
+        )
+
+
+def check_instance(name: str, given: object, kind: type, wanted: str) -> None:
+    """Refuses what is not of the kind; there is no static checker for everybody.
+
+    **Raises:** `TypeError` naming what was given and what is wanted.
+    """
+    check_no_class(name, given)
+    if not isinstance(given, kind):
+        theirs = type(given)
+        raise TypeError(
+            f"`{name}` must be {wanted}; got an object of type "
+            f"`{theirs.__module__.partition('.')[0]}.{theirs.__name__}`."
+        )

@@ -14,6 +14,7 @@ from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
 from ._brief import brief, brief_condition
 from ._call import call_host_solver, call_solver
 from ._condition import AbstractCondition, hoist
+from ._custom_types import check_instance, check_no_class
 from ._failure import refuse_failure
 from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
@@ -107,6 +108,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         options: dict[str, Any] | None = None,
         monitor: Monitor | None = None,
     ):
+        # Before a default solver is chosen for it.
+        check_instance("condition", condition, AbstractCondition, _CONDITION)
         self.condition = condition
         self.solver = default_solver(condition) if solver is None else solver
         self.adjoint = ImplicitAdjoint() if adjoint is None else adjoint
@@ -120,6 +123,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         self.monitor = monitor
 
     def __check_init__(self) -> None:
+        check_instance("adjoint", self.adjoint, AbstractAdjoint, _ADJOINT)
+        check_no_class("solver", self.solver)
         if not callable(self.solver) and _is_bare(self.solver):
             raise TypeError(
                 "`solver` must be an optimistix solver, a host solver or a callable "
@@ -206,6 +211,13 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         solve = _solve_compiled if compiled else _solve
         solution = solve(self, guess, args, diagnose)
         return refuse_failure(solution) if self.throw else solution
+
+
+_CONDITION = "what is solved, `eqi.Root(fn)` or `eqi.FixedPoint(fn)` say"
+_ADJOINT = (
+    "`eqi.ImplicitAdjoint(linear_solver)` or `eqi.UnrolledAdjoint()`, for which no "
+    "adjoint of optimistix and no linear solver can stand in"
+)
 
 
 def _settings(layer: ImplicitFunction[Any, Any, Any, Any]) -> list[str]:

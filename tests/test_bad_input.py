@@ -1,5 +1,9 @@
 """Input that cannot be right is refused while tracing, by name, shape and dtype."""
 
+import re
+import subprocess
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -295,3 +299,43 @@ def test_residual_tolerance_that_nothing_meets_is_refused(residual_tol):
 def test_negative_number_of_steps_is_refused():
     with pytest.raises(ValueError, match="`max_steps` must be >= 0"):
         eqi.ImplicitFunction(eqi.Root(lambda y, _: y), max_steps=-1)
+
+
+# In a process of its own: here, the run-time type checker would be the first to refuse.
+WRONG_KINDS = """
+import eqximplicit as eqi
+import optimistix as optx
+
+fn = lambda y, a: y**3 + y - a
+layer = lambda *args, **kwargs: eqi.ImplicitFunction(eqi.Root(fn), *args, **kwargs)
+for make in (
+    lambda: eqi.ImplicitFunction(fn),
+    lambda: layer(adjoint=optx.ImplicitAdjoint()),
+    lambda: layer(adjoint=eqi.DirectLU()),
+    lambda: layer(adjoint=eqi.ImplicitAdjoint),
+    lambda: eqi.ImplicitAdjoint(eqi.DirectLU),
+    lambda: eqi.ImplicitAdjoint(optx.Newton(1e-8, 1e-8)),
+    lambda: layer(optx.Newton),
+):
+    try:
+        make()
+    except TypeError as error:
+        print(error)
+"""
+
+
+def test_object_of_another_kind_is_refused_when_the_layer_is_made():
+    run = subprocess.run(
+        [sys.executable, "-c", WRONG_KINDS], capture_output=True, text=True, check=True
+    )
+    expected = (
+        r"`condition` must be what is solved, .* type `builtins.function`",
+        "`adjoint` must be `eqi.ImplicitAdjoint.* type `optimistix.ImplicitAdjoint`",
+        "`adjoint` must be `eqi.ImplicitAdjoint.* type `eqximplicit.DirectLU`",
+        r"`adjoint` is the class `ImplicitAdjoint`.*instance, `ImplicitAdjoint\(...\)`",
+        r"`linear_solver` is the class `DirectLU`. Pass an instance, `DirectLU\(...\)`",
+        r"`linear_solver` must be a lineax solver.* type `optimistix.Newton`",
+        r"`solver` is the class `Newton`. Pass an instance, `Newton\(...\)`",
+    )
+    for message, pattern in zip(run.stdout.splitlines(), expected, strict=True):
+        assert re.search(pattern, message), message
