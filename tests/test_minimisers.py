@@ -11,6 +11,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 
+import eqximplicit as eqi
 import eqximplicit.solvers.auto_least_squares as als
 import eqximplicit.solvers.auto_minimiser as am
 import eqximplicit.solvers.fire as fire_module
@@ -426,3 +427,26 @@ def test_least_squares_reports_a_maximum():
 def test_solvers_are_modules_whose_numbers_can_be_swapped():
     solver = eqx.tree_at(lambda s: s.atol, AutoMinimiser(1e-8, 1e-8), 1e-3)
     assert solver.atol == 1e-3
+
+
+def pair_distances(y):
+    i, j = np.triu_indices(len(y), 1)
+    return jnp.sqrt(jnp.sum((y[i] - y[j]) ** 2, axis=-1))
+
+
+def lennard_jones(y, sigma):
+    ratio = (sigma / pair_distances(y)) ** 6
+    return 4 * jnp.sum(ratio**2 - ratio)
+
+
+@pytest.mark.parametrize("shape", [(7, 2), (10, 3)])
+def test_cluster_that_is_not_quite_at_rest_has_its_derivative(shape):
+    # Its rotations are soft, not flat, for a force is left. It scales with sigma.
+    grid = np.stack(np.meshgrid(*[np.arange(3.0)] * shape[1]), -1).reshape(-1, shape[1])
+    draw = np.random.default_rng(0).normal(size=shape)
+    y0 = jnp.asarray(1.1 * grid[: shape[0]] + 0.3 * draw)
+    solver = eqi.AutoMinimiser(rtol=1e-9, atol=1e-8)
+    layer = eqi.ImplicitFunction(eqi.Minimum(lennard_jones), solver, max_steps=2000)
+    size = lambda sigma: jnp.sum(pair_distances(layer(y0, sigma)))
+    value, slope = jax.jit(jax.value_and_grad(size))(1.1)
+    np.testing.assert_allclose(slope, value / 1.1, rtol=1e-7)

@@ -232,9 +232,9 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
     measured residual exceeds $\sqrt\epsilon\,\lVert b\rVert_2$, the result is
     `lx.RESULTS.singular`. The eigenvectors, about ten times the cost of Cholesky, are
     computed only if some lane needs them. Eigenvalues below `rcond` of the largest
-    count as zero. Where one of those is above rounding ($16n\epsilon$ of the largest),
-    the matrix may be regular, and what is left out may be most of the solution: then
-    no more than rounding may be left of the right-hand side, unless `rcond` is given.
+    count as zero: beside a minimum that is not quite reached, flat directions are only
+    nearly flat. What is left out there counts as zero, up to $\sqrt\epsilon$ of the
+    right-hand side.
 
     **Arguments:**
 
@@ -330,8 +330,7 @@ def _limits(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The largest residual: relative to the right-hand side, and beside that."""
     regular, soft = state.regular, state.soft
-    singular = jnp.where(soft, NOISE * eps, consistency_limit(eps))
-    rtol = jnp.where(regular, residual_limit(eps), singular)
+    rtol = jnp.where(regular, residual_limit(eps), consistency_limit(eps))
     # Rounding of a product with `x`. In a null space also that of one with a vector of
     # norm one, for a right-hand side that is itself no more than rounding: the gradient
     # at a minimum, say, the cotangent of the objective there. In a soft direction that
