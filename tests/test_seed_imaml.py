@@ -165,7 +165,7 @@ def test_argnums_chooses_the_meta_parameters():
 
 
 def test_argnums_refuses_the_initial_guess():
-    with pytest.raises(ValueError, match=r"argnums=0.*argument 0 is the initial guess"):
+    with pytest.raises(ValueError, match=r"argnums=0.*Argument 0 is the initial guess"):
         inner_solver(argnums=0)(META, META, X, Y)
 
 

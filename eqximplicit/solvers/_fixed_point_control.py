@@ -228,12 +228,12 @@ def _rescued(control: Control) -> Control:
     first = now & (control.num_rescues == 0)
     halved = control.best_merit < control.merit_at_rescue / 2
     barren = where(halved, 0, control.num_barren + 1)
-    as_good = control.best_floor <= verdict.NEAR_ROUNDING
-    as_good = as_good & (control.best_residual < 1)
+    rounding = control.best_floor <= verdict.NEAR_ROUNDING
+    as_good = rounding & (control.best_residual < 1)
     in_vain = now & (barren >= MAX_BARREN)
-    last = in_vain & ~first & (control.patient == 0)
+    last = in_vain & ~first & (control.patient == 0) & ~rounding
     krylov = now & ~first & ~last
-    stuck = (in_vain & (control.patient > 0)) | (now & as_good)
+    stuck = (in_vain & ((control.patient > 0) | rounding)) | (now & as_good)
 
     merit = where(first, control.start_merit, control.best_merit)
     steps = where(first, float(PLAIN_STEPS), where(last, float(PATIENT_STEPS), 0.0))
