@@ -1,8 +1,8 @@
 """The opening of the default fixed-point solver: plain iteration, or secant steps.
 
 A state of few numbers takes Anderson's step with one pair, which is the secant method
-for one number: all that leads to it is a part of one kernel. For a larger state the
-products that it takes would cost more than the steps that it saves.
+for one number. For a larger state plain steps are kept: where the function is cheap,
+the products that a secant step takes cost more than they save.
 """
 
 import functools

@@ -20,8 +20,6 @@ from ._root_vector import norm_of, real_vector, RealVector
 
 # A residual below this many roundings of its own terms cannot be made smaller.
 _ROUNDINGS = 8.0
-# A best point this many times farther out than the start: the solve diverged.
-_FAR = 1e6
 
 
 class Base(eqx.Module):
@@ -152,7 +150,7 @@ def why(state: DenseState[Any], y: PyTree[Array], limits: ph.Limits) -> RESULTS:
     control = ph.read(state.control)
     _, success = ph.is_over(control, limits)
     diverged = as_results(RESULTS.nonlinear_divergence)
-    far = norm_of(real_vector(y).ravel(y)) > _FAR * state.start_length
+    far = norm_of(real_vector(y).ravel(y)) > ph.FAR * state.start_length
     reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
     reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)
     stuck = control.stuck > 0

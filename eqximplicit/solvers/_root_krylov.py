@@ -18,7 +18,7 @@ from ..linear_solvers import SparseDirect
 from ..linear_solvers._placed import OnOneDevice
 from ..linear_solvers.auto import narrow
 from ..linear_solvers.krylov import HybridKrylov
-from . import _vector_space as vs
+from . import _root_phases as ph, _vector_space as vs
 
 # Eisenstat and Walker (1996), choice 2: the forcing term and its safeguard.
 _GAMMA, _LOOSEST, _TIGHTEST, _SAFEGUARD = 0.9, 0.5, 1e-4, 0.1
@@ -28,8 +28,6 @@ _BASIS = 20  # vectors of the Krylov space between two restarts of GMRES
 _BANDS = 4  # products that yield the entries of a tridiagonal matrix, and test them
 # A Newton step of so many roundings of the point cannot lead anywhere.
 _ROUNDINGS = 100.0
-# A best point this many times farther out than the start: the solve diverged.
-_FAR = 1e6
 
 
 class KrylovState(eqx.Module, Generic[Y, Aux]):
@@ -61,7 +59,7 @@ def init_krylov(y: Y, aux: Aux) -> KrylovState[Y, Aux]:
         first=jnp.array(True),
         num_evaluations=jnp.array(0),
         ever_regular=jnp.array(False),
-        start_length=vs.length(stop_gradient(y), dtype),
+        start_length=ph.length_or_one(vs.length(stop_gradient(y), dtype)),
         aux=aux,
     )
 
@@ -162,7 +160,7 @@ def why_krylov(state: KrylovState[Any, Any], y: PyTree[Array], atol: float) -> R
     _, success = is_over_krylov(state, atol)
     dtype = state.norm.dtype
     length, step = (stop_gradient(vs.length(v, dtype)) for v in (y, state.step))
-    far = length > _FAR * jnp.where(state.start_length > 0, state.start_length, 1)
+    far = length > ph.FAR * state.start_length
     rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps) * length
     exact = (step > 0) & (step <= state.fraction * rounding)
 

@@ -46,6 +46,8 @@ _FIRST_RADIUS = 0.1
 _STATIONARY = 1e-3
 # Longest Newton step, in units of |y|: ordinarily, and the lengths of the restarts.
 _LONGEST, _RESTART_SHORT, _RESTART_LONG = 100.0, 1.0, 10.0
+# A best point this many times farther out than the start: the solve diverged.
+FAR = 1e6
 # `|J| |d| / |F|` above this fraction of 1/eps: the Jacobian is singular.
 _REGULAR = 0.01
 
