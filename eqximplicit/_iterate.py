@@ -224,7 +224,8 @@ def _iterated(
     num_steps = jnp.zeros((), int)
     if opened is not None:
         assert isinstance(solver, AbstractOpening)
-        (y, state), num_steps = solver.continued(y, state, opened), opened.budget
+        state, repeated = solver.continued(state, opened)
+        num_steps = opened.budget - repeated
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
     aux, residual = filled(fn_aux_struct, 0), filled(residual_struct, jnp.inf)
     carry = _Carry(y, state_arrays, residual, aux, num_steps, record)

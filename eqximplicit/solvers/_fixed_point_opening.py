@@ -137,7 +137,8 @@ def opening(
     begun = jnp.asarray([np.inf, np.inf, 1.0, 0.0, 0.0, 0.0], vs.real_dtype(y))
     zero = vs.zeros_like(y)
     first = Iterates(y, y, zero, zero if few else None, aux, aux, begun)
-    return _opened(jax.lax.while_loop(unfinished, step, first), tolerance, target)
+    last = jax.lax.while_loop(unfinished, step, first)
+    return _opened(y, last, tolerance, target)
 
 
 def _judged(
@@ -187,9 +188,10 @@ def _measures(
     return functools.reduce(jnp.maximum, errors), square, turn
 
 
-def _opened(c: Iterates, tolerance: Tolerance, target: float) -> Opened:
+def _opened(
+    y: PyTree[Array], c: Iterates, tolerance: Tolerance, target: float
+) -> Opened:
     progress = c.progress
-    usable = (progress.error < progress.before) | (progress.error < 1)
     solved, steps = progress.solved(target), progress.steps.astype(int)
     dtype = vs.real_dtype(c.y)
     stats = {
@@ -197,8 +199,8 @@ def _opened(c: Iterates, tolerance: Tolerance, target: float) -> Opened:
         "scaled_error": progress.error,
         "num_rescues": jnp.zeros((), jnp.int32),
     }
-    start = vs.select(solved, c.y, vs.select(usable, c.ahead, c.start))
-    return Opened(start, c.aux, solved, steps, steps, stats, c)
+    found = vs.select(solved, c.y, y)
+    return Opened(found, c.aux, solved, steps, steps, stats, c)
 
 
 def _target(tolerance: Tolerance, eps: float) -> float:

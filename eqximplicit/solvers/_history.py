@@ -141,27 +141,6 @@ def empty(y: Y, window: int) -> History[Y]:
     )
 
 
-def begun(history: History[Y], pair: Pair[Y], known: Bool[Array, ""]) -> History[Y]:
-    """Returns an empty history with its first pair, where that is known."""
-    first = (history.slots == 0) & known
-
-    def with_first(stack: Array, new: Array) -> Array:
-        mask = first.reshape(-1, *[1] * new.ndim)
-        return jnp.where(mask, new[None], stack)
-
-    square = pair.change**2
-    both = first[:, None] & first[None, :]
-    return History(
-        dy=jtu.tree_map(with_first, history.dy, pair.dy),
-        dr=jtu.tree_map(with_first, history.dr, pair.dr),
-        gram=jnp.where(both, square, history.gram),
-        squares=jnp.where(first, square, history.squares),
-        distance=jnp.where(first, pair.distance, history.distance),
-        used=known.astype(history.used.dtype),
-        newest=history.newest,
-    )
-
-
 def cross(history: History[Y], pair: Pair[Y]) -> Float[Array, " slots"]:
     """Returns the inner products of the entries of `dr` with that of a new pair."""
     return jax.lax.stop_gradient(dots(history.dr, pair.dr, history.gram.dtype))

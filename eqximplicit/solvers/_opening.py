@@ -57,15 +57,13 @@ class AbstractOpening(eqx.Module):
         `aux` is structured as the auxiliary output of `fn`.
         """
 
-    def continued(
-        self, y: PyTree[Array], state: Any, opened: Opened
-    ) -> tuple[PyTree[Array], Any]:
-        """Returns the next trial point, and the state that knows what has been seen.
+    def continued(self, state: Any, opened: Opened) -> tuple[Any, Int[Array, ""]]:
+        """Returns the state of `init`, knowing what has been seen.
 
-        Without an opening these are `y`, where it starts, and the `state` of `init`.
+        And the number of steps that will repeat what the opening did.
         """
         del opened
-        return y, state
+        return state, jnp.zeros((), int)
 
 
 def chosen(

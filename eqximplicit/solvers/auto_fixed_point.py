@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._reduce import total
 from .._solution import Aux, RESULTS, Y
 from . import _history as hist, _vector_space as vs, _verdict as verdict
-from ._fixed_point_continued import Continued, continued
 from ._fixed_point_control import (
     after,
     at_start,
@@ -34,6 +33,7 @@ from ._fixed_point_control import (
     with_proposal,
 )
 from ._fixed_point_opening import opening
+from ._fixed_point_replay import advanced, evaluated, Evaluation, Replay, replay
 from ._opening import AbstractOpening, Opened
 
 
@@ -56,6 +56,7 @@ class _State(eqx.Module, Generic[Y]):
     explained: Float[Array, " slots"]
     factor: Float[Array, "slots slots"]
     control: Float[Array, " n"]
+    tape: Replay | None = None
 
 
 class _Seen(eqx.Module, Generic[Y]):
@@ -176,12 +177,13 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
     ) -> tuple[Y, _State[Y], Aux]:
         """Returns the next trial point, having evaluated `fn` at this one."""
         del options, tags
-        image, aux = fn(y, args)
+        at = evaluated(fn, y, args, state.tape)
         tolerance = self._tolerance(y)
-        seen = _evaluate(tolerance, state.points, y, image)
-        state, control = _learn(state, y, aux, seen)
+        seen = _evaluate(tolerance, state.points, at)
+        state, control = _learn(state, at, seen)
         y, state = _propose(tolerance, state, control)
-        return y, state, aux
+        y, tape = advanced(y, state.tape)
+        return y, dataclasses.replace(state, tape=tape), at.aux
 
     def terminate(
         self,
@@ -231,13 +233,10 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
         """Returns the outcome of an iteration, as far as that contracts well."""
         return opening(fn, y, args, aux, self._tolerance(y), max_steps)
 
-    def continued(self, y: Any, state: Any, opened: Opened) -> tuple[Any, Any]:
-        """Returns the step after the opening, from where that came, if it can be used.
-
-        Otherwise nothing is known, and `y` is where it started.
-        """
-        found = continued(opened.seen)
-        return vs.select(found.known, (found.trial, _resumed(state, found)), (y, state))
+    def continued(self, state: Any, opened: Opened) -> tuple[Any, Int[Array, ""]]:
+        """Returns the state that first goes through the opening's last steps again."""
+        tape = replay(opened.seen)
+        return dataclasses.replace(state, tape=tape), tape.left
 
     def _tolerance(self, y: Y) -> verdict.Tolerance:
         return verdict.tolerance(self.rtol, self.atol, self.norm, y)
@@ -245,19 +244,6 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
 
 def _points(*rows: Y) -> _Points[Y]:
     return _Points(jtu.tree_map(lambda *leaves: vs.in_one(leaves), *rows))
-
-
-def _resumed(state: _State[Any], found: Continued) -> _State[Any]:
-    """The state after `init`, with what the opening has found."""
-    best, best_residual, best_aux = found.best
-    return _State(
-        points=_points(*found.anchor, best, best_residual, *found.start),
-        best_aux=best_aux,
-        history=found.history(state.history),
-        explained=found.explained(state.explained),
-        factor=state.factor,
-        control=found.control(state.control),
-    )
 
 
 def _best(state: _State[Y]) -> verdict.Best[Y]:
@@ -273,10 +259,10 @@ def _best(state: _State[Y]) -> verdict.Best[Y]:
 
 
 def _evaluate(
-    tolerance: verdict.Tolerance, points: _Points[Y], y: Y, image: Y
+    tolerance: verdict.Tolerance, points: _Points[Y], at: Evaluation[Y]
 ) -> _Seen[Y]:
     """What the trial point is worth; nothing, if not finite."""
-    dtype, residual = vs.real_dtype(y), vs.minus(image, y)
+    y, residual, dtype = at.y, at.residual, vs.real_dtype(at.y)
     dy, dr = vs.minus(y, points[0]), vs.minus(residual, points[1])
     merit, far, distance = vs.lengths([residual, dr, dy], dtype)
     finite = jnp.isfinite(merit + far + distance)
@@ -292,7 +278,7 @@ def _evaluate(
 
 
 def _learn(
-    state: _State[Y], y: Y, aux: Any, seen: _Seen[Y]
+    state: _State[Y], at: Evaluation[Y], seen: _Seen[Y]
 ) -> tuple[_State[Y], Control]:
     """The history, the points and the control, after an evaluation."""
     history, before = state.history, unpacked(state.control)
@@ -321,14 +307,15 @@ def _learn(
         anchor = vs.select(from_best, best, vs.select(from_start, start, anchor))
         return anchor, best, start
 
-    where, what = rows(y, 0), rows(seen.residual, 1)
+    where, what = rows(at.y, 0), rows(seen.residual, 1)
     state = _State(
         points=_points(where[0], what[0], where[1], what[1], where[2], what[2]),
-        best_aux=vs.select(improved, aux, state.best_aux),
+        best_aux=vs.select(improved, at.aux, state.best_aux),
         history=history,
         explained=state.explained,
         factor=state.factor,
         control=vector,
+        tape=state.tape,
     )
     return state, control
 
@@ -382,5 +369,6 @@ def _propose(
         jax.lax.stop_gradient(explained),
         fit.factor,
         with_proposal(control, proposal, state.control),
+        state.tape,
     )
     return y, state
