@@ -18,6 +18,7 @@ import lineax as lx
 from equinox import AbstractVar
 from jaxtyping import Array
 
+from ._cost import num_operations
 from ._coupling import coupled_axes
 from ._custom_types import PyTree
 from ._state import (
@@ -101,6 +102,11 @@ class _Hoisted(eqx.Module):
         """Shapes and dtypes of the output and of the auxiliary output."""
         return cast(Any, self.fn).out_struct
 
+    @property
+    def num_operations(self) -> float:
+        """About how many additions a call costs."""
+        return num_operations(cast(Any, self.fn).jaxpr)
+
 
 def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Condition:
     """The same condition, with every array that `fn` captured as a leaf of its pytree.
@@ -140,6 +146,11 @@ def _refuse_coupled_lanes(converted: Any, y: Any) -> None:
 def out_struct(hoisted: AbstractCondition[Any, Any]) -> tuple[Any, Any]:
     """Shapes and dtypes of what the function of a hoisted condition returns."""
     return cast(_Hoisted, hoisted.fn).out_struct
+
+
+def cost(hoisted: AbstractCondition[Any, Any]) -> float:
+    """About how many additions a call of the function of a hoisted condition costs."""
+    return cast(_Hoisted, hoisted.fn).num_operations
 
 
 def _as_array(leaf: object) -> Array:

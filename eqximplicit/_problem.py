@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from ._condition import (
     AbstractCondition,
+    cost,
     FixedPoint,
     half_sum_of_squares,
     LeastSquares,
@@ -77,6 +78,11 @@ class IteratedFn(eqx.Module):
         residual = _residual(evaluated) if self.must_vanish else None
         out = to_real(self.output(evaluated), real_dtype(self.like))
         return out, (residual, eqx.filter(aux, eqx.is_array))
+
+    @property
+    def cost(self) -> float:
+        """About how many additions a call costs."""
+        return cost(self.condition)
 
     def whole_aux(self, arrays: Any) -> Any:
         """The auxiliary output of the function, of which `arrays` are the arrays."""

@@ -41,6 +41,35 @@ def test_a_single_number_is_solved_by_the_secant_method():
     assert abs(int(solution.stats["num_steps"]) - len(points)) <= 1
 
 
+def test_two_numbers_are_solved_by_two_secants():
+    # Anderson's method with two pairs is exact for a linear map of two numbers.
+    matrix = np.array([[0.3, 0.1], [-0.2, 0.5]])
+    fn = lambda y, a: jnp.asarray(matrix) @ y + a
+    solution = eqi.fixed_point(fn, jnp.zeros(2), jnp.array([1.0, 2.0]))
+    exact = np.linalg.solve(np.eye(2) - matrix, [1.0, 2.0])
+    np.testing.assert_allclose(solution.value, exact, rtol=1e-12)
+    assert int(solution.stats["num_steps"]) <= 5
+
+
+def occupied(rho, coupling):
+    """The density of the four lowest orbitals of a chain in a well."""
+    n = rho.size
+    hopping = 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
+    well = np.diag(0.02 * (np.arange(n) - 8.0) ** 2)
+    hamiltonian = jnp.asarray(hopping + well) + coupling * jnp.diag(rho)
+    return jnp.sum(jnp.linalg.eigh(hamiltonian)[1][:, :4] ** 2, axis=1)
+
+
+@pytest.mark.parametrize(("coupling", "scipy"), [(0.3, 7), (0.8, 9), (1.2, 10)])
+def test_where_evaluations_are_dear_none_is_spent_on_an_opening(coupling, scipy):
+    start = jnp.full(20, 0.2)
+    layer = eqi.fixed_point(occupied, start, coupling, throw=False)
+    alone = optx.fixed_point(occupied, eqi.AutoFixedPoint(), start, coupling)
+    steps = int(layer.stats["num_steps"])
+    assert steps == int(alone.stats["num_steps"]) <= scipy
+    np.testing.assert_allclose(layer.value, alone.value, atol=1e-12)
+
+
 def chandrasekhar(h, c):
     x, w = np.polynomial.legendre.leggauss(20)
     mu = (x + 1) / 2

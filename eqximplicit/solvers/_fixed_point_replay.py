@@ -5,19 +5,21 @@ so it goes on as if it had taken these steps itself, and no state of it has to b
 up. The evaluations are free: they have been counted.
 """
 
-from typing import Any, Generic
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int
 
-from .._custom_types import PyTree
 from .._solution import Y
-from . import _vector_space as vs
+from . import _history as hist, _vector_space as vs
 from ._fixed_point_opening import Iterates
-from ._opening import Fn
+from ._fixed_point_record import DEPTH, Latest, Several
 
+T = TypeVar("T")
 FAR = 10.0  # a residual this much larger than the one before is no place to go on from
 LONGEST = 4.0  # of Aitken's step, in residuals
 
@@ -36,42 +38,58 @@ class Replay(eqx.Module):
     `alone` is whether there is but the last one; the next point is then the `trial`.
     """
 
-    first: Evaluation[Any]
-    last: Evaluation[Any]
+    tape: Evaluation[Any]  # of leaves with a leading axis, the newest first
     trial: Any
     alone: Bool[Array, ""]
     left: Int[Array, ""]
 
     @property
     def now(self) -> Evaluation[Any]:
-        return vs.select(self.left == 2, self.first, self.last)
+        return hist.take(self.tape, self.left - 1)
 
 
 def replay(seen: Iterates) -> Replay:
-    """The replay of an opening: all of one of two evaluations, else the last one.
+    """The replay of an opening: of all that is known of it, if it is of any use."""
+    record, steps = seen.record, seen.progress.steps.astype(int)
+    if isinstance(record, Several):
+        return _of_several(record, seen.last_aux, seen.aux, steps)
+    return _of_plain_steps(record, seen, steps)
+
+
+def _of_several(
+    record: Several, last_aux: Any, aux: Any, steps: Int[Array, ""]
+) -> Replay:
+    y = jtu.tree_map(lambda x: x[:, 0], record.stack)
+    residual = jtu.tree_map(lambda x: x[:, 1], record.stack)
+    most = 2 if jtu.tree_leaves(aux) else DEPTH
+    tape = Evaluation(y, residual, _both(aux, last_aux))
+    return Replay(tape, record.last[0], jnp.array(False), jnp.minimum(steps, most))
+
+
+def _of_plain_steps(record: Latest, seen: Iterates, steps: Int[Array, ""]) -> Replay:
+    """All of one of two evaluations, else the last one and Aitken's step.
 
     Nothing is replayed that is no place to go on from.
     """
-    progress, start = seen.progress, seen.start
-    first = Evaluation(start, vs.minus(seen.y, start), seen.last_aux)
-    last = Evaluation(seen.y, seen.residual, seen.aux)
-    alone = progress.steps != 2
-    usable = ~alone | (progress.error <= FAR * progress.before)
-    left = jnp.where(alone, 1, 2)
-    left = jnp.where(usable & jnp.isfinite(progress.error), left, 0)
-    return Replay(first, last, _trial(seen), alone, left)
-
-
-def _trial(seen: Iterates) -> PyTree[Array]:
-    """The step that the opening would take, or Aitken's, as if all errors lay along."""
-    if seen.turn is not None:
-        return seen.ahead
-    before, error = seen.progress.before, seen.progress.error
+    progress, (y, residual) = seen.progress, record.last
+    before, error = progress.before, progress.error
     stride = before / jnp.maximum(before - error, before / LONGEST)
-    return vs.add_scaled(seen.y, stride, seen.residual)
+    trial = vs.add_scaled(y, stride, residual)
+    first = Evaluation(seen.start, vs.minus(y, seen.start), seen.last_aux)
+    tape = _both(Evaluation(y, residual, seen.aux), first)
+    alone = steps != 2
+    usable = jnp.isfinite(error) & (~alone | (error <= FAR * before))
+    left = jnp.where(usable, jnp.where(alone, 1, 2), 0)
+    return Replay(tape, trial, alone, left)
 
 
-def evaluated(fn: Fn, y: Y, args: Any, tape: Replay | None) -> Evaluation[Y]:
+def _both(newest: T, before: T) -> T:
+    return jtu.tree_map(lambda *x: vs.in_one(x), newest, before)
+
+
+def evaluated(
+    fn: Callable[[Y, Any], tuple[Y, Any]], y: Y, args: Any, tape: Replay | None
+) -> Evaluation[Y]:
     """The next evaluation: the tape's, and after that one at `y`."""
 
     def anew() -> Evaluation[Y]:
@@ -90,4 +108,4 @@ def advanced(y: Y, tape: Replay | None) -> tuple[Y, Replay | None]:
     trial: Y = tape.trial
     y = vs.select(tape.alone & (tape.left == 1), trial, y)
     left = jnp.maximum(tape.left - 1, 0)
-    return y, Replay(tape.first, tape.last, tape.trial, tape.alone, left)
+    return y, Replay(tape.tape, tape.trial, tape.alone, left)

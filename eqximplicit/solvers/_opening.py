@@ -8,8 +8,7 @@ has stopped to converge well.
 """
 
 import abc
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,7 +17,17 @@ from jaxtyping import Array, Bool, Int
 
 from .._custom_types import PyTree
 
-Fn = Callable[[Any, Any], tuple[Any, Any]]
+
+@runtime_checkable
+class Fn(Protocol):
+    """A function `(y, args) -> (out, aux)` that knows what a call costs."""
+
+    @property
+    def cost(self) -> float: ...
+
+    def __call__(self, y: Any, args: Any, /) -> tuple[Any, Any]: ...
+
+
 # A budget below this is not shared with an opening.
 LEAST_BUDGET = 32
 

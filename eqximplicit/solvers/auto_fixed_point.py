@@ -71,9 +71,9 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
     r"""The default fixed-point solver: a safeguarded combination of three methods.
 
     A step is one evaluation of `fn`. A layer opens with a loop that costs much less, as
-    long as the residual shrinks well: plain iteration from `y0`, and secant steps
-    (Anderson's with one pair) for a state of up to 64 numbers. `optimistix.fixed_point`
-    opens with nothing.
+    long as the residual shrinks well: plain iteration from `y0`, and Anderson's steps
+    with two pairs for a state of up to 64 numbers, unless `fn` costs more than what is
+    saved. `optimistix.fixed_point` opens with nothing.
 
     1. *Anderson acceleration* over the last `window` secant pairs. Each pair is
        believed as far as the last prediction of the residual was right at the distance
