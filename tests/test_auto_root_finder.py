@@ -106,6 +106,18 @@ def test_non_finite_trial_is_a_rejected_step():
     np.testing.assert_allclose(y, 1.0, atol=1e-8)
 
 
+def test_restarts_in_new_directions_find_the_root_of_an_implicit_step():
+    # A backward Euler step of Van der Pol's oscillator: its root, the only one, solves
+    # a cubic, and no Newton step out of the stationary point of the norm leads there.
+    h, u, v, mu = 0.25363286, -0.91312399, 0.26301892, 9.31495973
+    fn = lambda y, args: jnp.stack(
+        [y[0] - u - h * y[1], y[1] - v - h * (mu * (1 - y[0] ** 2) * y[1] - y[0])]
+    )
+    y, _, claimed = _solve(fn, jnp.array([u, v]))
+    assert claimed
+    assert np.max(np.abs(fn(y, None))) < SOLVED
+
+
 def test_lanes_of_a_batch_are_independent_and_compiled_once():
     traces = []
 

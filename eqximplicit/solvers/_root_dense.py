@@ -92,10 +92,14 @@ def _measured_base(base: Base, gradient: Array, atol: float) -> _Measured:
     return _Measured(shown, columns, scaled_slope)
 
 
-def _direction_without_slope(n: int, dtype: Any) -> Float[Array, " n"]:
-    """A fixed unit vector that is orthogonal to no likely symmetry of a problem."""
-    vector = np.cos(np.arange(1, n + 1))
-    return jnp.asarray(vector / np.linalg.norm(vector), dtype)
+def _direction(n: int, number: Array) -> Float[Array, " n"]:
+    """A vector of about unit length for every number; all of them fill a cube evenly.
+
+    Weyl's sequence: hardly any symmetry of a problem favours one of them.
+    """
+    irrational = np.sqrt(2) * np.arange(1, n + 1) ** 2 % 1
+    turns = (1 + number) * jnp.asarray(irrational, number.dtype)
+    return (12 / n) ** 0.5 * (turns - jnp.floor(turns) - 0.5)
 
 
 def _propose(
@@ -115,8 +119,8 @@ def _propose(
     longest = control.longest * ph.length_or_one(seen.control.length)
     factor = jnp.where(damped | (size <= longest), 1, longest / size)
     factor = jnp.where(control.flipped > 0, -factor, factor)
-    usable = jnp.isfinite(size) & (size > 0)
-    lost = longest * _direction_without_slope(step.size, step.dtype)
+    usable = jnp.isfinite(size) & (size > 0) & (control.aside == 0)
+    lost = longest * _direction(step.size, control.aside)
     trial = base.x + jnp.where(usable, factor * step, lost)
     return trial, ph.is_regular(control, seen.control.jacobian, size)
 

@@ -9,7 +9,9 @@ There are three ways to propose a trial point, and one record of progress:
   accepted on the ratio of actual to predicted decrease. It leaves for Newton when the
   decrease is slow, and for a restart at a stationary point of the norm.
 - **Restart.** Two Newton steps of bounded length out of the stationary point, to either
-  side of it, then damped again, with the other scaling of the unknowns.
+  side of it, then damped again, with the other scaling of the unknowns. There are four
+  kinds, which repeat themselves: where twelve have not helped, the next ones first
+  move aside, each time in another direction.
 
 Every record here is of numbers, flags are 0 or 1, and the rules are elementwise
 (`_packed.py`).
@@ -46,6 +48,8 @@ _FIRST_RADIUS = 0.1
 _STATIONARY = 1e-3
 # Longest Newton step, in units of |y|: ordinarily, and the lengths of the restarts.
 _LONGEST, _RESTART_SHORT, _RESTART_LONG = 100.0, 1.0, 10.0
+# So many restarts leave along the Newton direction, the others aside of it.
+_RESTARTS_ALONG = 12
 # A best point this many times farther out than the start: the solve diverged.
 FAR = 1e6
 # `|J| |d| / |F|` above this fraction of 1/eps: the Jacobian is singular.
@@ -76,6 +80,7 @@ class Control(eqx.Module):
     stuck: Array  # no smaller residual can be resolved
     num_evaluations: Array
     to_best: Array  # the next trial is the best point so far
+    aside: Array  # the direction in which it leaves the base; 0 is Newton's
 
     @property
     def num_cycles(self) -> Array:
@@ -196,6 +201,7 @@ def _after_newton(control: Control, trial: Trial, length: Array) -> Control:
         mark=where(halved, trial.norm, control.mark),
         radius=_FIRST_RADIUS * length,
         to_best=to_best,
+        aside=nothing,
     )
 
 
@@ -223,6 +229,8 @@ def _after_damped(
     newton_mark = where(again, control.best_norm, jnp.inf)
     damped_mark = where(asked | (in_window == 1), norm, control.mark)
     dtype = control.mark.dtype
+    aside = control.num_restarts - (_RESTARTS_ALONG - 1)
+    aside = where(restart & (aside > 0), aside, 0)
     return changed(
         control,
         damped=~leave,
@@ -239,6 +247,7 @@ def _after_damped(
         mark=where(leave, newton_mark, damped_mark),
         radius=radius,
         to_best=jnp.zeros_like(norm),
+        aside=aside,
     )
 
 

@@ -106,7 +106,7 @@ class AutoRootFinder(
     rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[PyTree[Array]], Scalar] = optx.max_norm
-    max_restarts: int = 12
+    max_restarts: int = 20
     krylov_above: int = 500
 
     def __check_init__(self) -> None:
