@@ -143,6 +143,11 @@ def test_closed_forms_of_small_states_are_right_inside_shard_map(report):
     assert max(report["small_states"]) < 1e-12
 
 
+def test_default_minima_and_their_gradients_are_right_inside_shard_map(report):
+    assert len(report["extrema"]) == 6
+    assert max(report["extrema"]) < 1e-6  # the solves run to 1e-8
+
+
 def test_the_check_of_varying_values_refuses_a_layer_while_tracing(report):
     # What `docs/scale_out.md` explains. Once this fails, `check_vma` may stay on.
     assert "manual axis types do not match" in report["checked_mapping"]

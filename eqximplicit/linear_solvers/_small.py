@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
@@ -235,10 +237,28 @@ def is_placed(struct: PyTree[ShapeDtypeStruct]) -> bool:
     return any(getattr(leaf, "sharding", None) is not None for leaf in leaves)
 
 
+def as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
+    """The matrix of an operator, columns and rows in the order of its leaves.
+
+    lineax forgets the sharding of a structure on its way to the matrix, and then finds
+    that the two sides of a symmetric operator differ (0.1.1).
+    """
+    struct = operator.in_structure()
+    if not is_placed(struct):
+        return operator.as_matrix()
+    flat, unravel = ravel_pytree(jtu.tree_map(_zeros, struct))
+    column = lambda unit: ravel_pytree(operator.mv(unravel(unit)))[0]
+    return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+
+
+def _zeros(struct: ShapeDtypeStruct) -> Array:
+    return jnp.zeros(struct.shape, struct.dtype)
+
+
 def small_state(operator: lx.AbstractLinearOperator, limit: float) -> SmallState:
     """The inverse, regular where more than `limit` of the determinant is left."""
     if is_placed(operator.in_structure()):
-        rows = [list(row) for row in operator.as_matrix()]
+        rows = [list(row) for row in as_matrix(operator)]
     else:
         rows = rows_of(operator.mv, operator.in_structure())
     found = inverse(rows)

@@ -15,7 +15,15 @@ from .._lanes import any_lane
 from .._state import every
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import check_bytes, dot, epsilon, norm, structure
-from ._small import dense, inverse, LARGEST, small_solution, small_state, SmallState
+from ._small import (
+    as_matrix,
+    dense,
+    inverse,
+    LARGEST,
+    small_solution,
+    small_state,
+    SmallState,
+)
 
 # A solution keeps about a third of its digits when the condition number is eps^(-2/3).
 # Beyond that a system counts as singular, in every test below. Measured on random
@@ -56,7 +64,7 @@ def materialised(
     **Raises:** `ValueError`, with the number of bytes, if it has more than `max_bytes`.
     """
     check_fits(operator, max_bytes, who)
-    return operator.as_matrix()
+    return as_matrix(operator)
 
 
 def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Scalar
 
 from .._solution import Aux, Y
+from ..linear_solvers._small import is_placed
 from . import _vector_space as vs
 from ._verdict import check_tolerances, or_default
 from ._verified import Problem, VerifiedDescent, VerifiedState
@@ -18,12 +20,13 @@ from .auto_minimiser import refuse_complex
 class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedState]):
     r"""Levenberg-Marquardt, whose success means a local minimum of the squares.
 
-    optimistix's `LevenbergMarquardt` runs first, on a state of the default dtype (with
-    a QR decomposition up to `dense_size` unknowns, else matrix-free by conjugate
-    gradients on the normal equations). Where it stops, trust-region Newton-CG on
-    $\tfrac12 \sum_i r_i(y)^2$ brings its gradient $J^\top r$ below `atol` at the very
-    point returned, and the curvature is checked once; see
-    [`eqximplicit.AutoMinimiser`][], whose limits on derivatives hold here as well.
+    optimistix's `LevenbergMarquardt` runs first, on a state of the default dtype
+    outside of `jax.shard_map` (with a QR decomposition up to `dense_size` unknowns,
+    else matrix-free by conjugate gradients on the normal equations). Where it stops,
+    trust-region Newton-CG on $\tfrac12 \sum_i r_i(y)^2$ brings its gradient
+    $J^\top r$ below `atol` at the very point returned, and the curvature is checked
+    once; see [`eqximplicit.AutoMinimiser`][], whose limits on derivatives hold here as
+    well.
 
     **Arguments:**
 
@@ -63,8 +66,10 @@ class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedStat
         rtol, atol = or_default(self.rtol, y), or_default(self.atol, y)
         search = None
         # optimistix's damping is of the default dtype: a float32 state beside float64
-        # numbers is left to Newton-CG.
-        if vs.one_dtype(y) and vs.real_dtype(y) == jnp.result_type(float):
+        # numbers is left to Newton-CG. So is one inside `shard_map`: lineax compares
+        # the structures of vectors, and of some it has forgotten the sharding.
+        plain = not is_placed(jax.eval_shape(lambda: y))
+        if plain and vs.one_dtype(y) and vs.real_dtype(y) == jnp.result_type(float):
             small = vs.size(y) <= self.dense_size
             cg = lx.Normal(lx.CG(rtol=1e-6, atol=1e-6))
             linear_solver = lx.QR() if small else cg

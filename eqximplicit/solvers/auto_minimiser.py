@@ -9,6 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Scalar
 
 from .._solution import Aux, Y
+from ..linear_solvers._small import is_placed
 from . import _vector_space as vs
 from ._verdict import check_tolerances, or_default
 from ._verified import Problem, VerifiedDescent, VerifiedState
@@ -20,9 +21,9 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     r"""A minimiser without knobs, whose success means a minimum.
 
     It runs optimistix's `BFGS` (up to `dense_size` unknowns), `LBFGS` (above, or
-    `NonlinearCG` for a dtype that this one does not take), and no quasi-Newton phase at
-    all for leaves of several dtypes. Where that stops, trust-region Newton-CG goes on
-    until
+    `NonlinearCG` for a dtype that this one does not take, and inside `jax.shard_map`,
+    where neither runs), and no quasi-Newton phase at all for leaves of several dtypes.
+    Where that stops, trust-region Newton-CG goes on until
 
     $$\| \nabla f(y) \| \le \mathtt{atol}$$
 
@@ -146,6 +147,8 @@ def _by_size(
 ) -> optx.AbstractMinimiser[Any, Any, Any] | None:
     if not vs.one_dtype(y):
         return None  # optimistix's minimisers promote across leaves
+    if is_placed(jax.eval_shape(lambda: y)):
+        return optx.NonlinearCG(rtol=tol, atol=tol)  # no linear operator is made
     if vs.size(y) <= dense_size:
         return optx.BFGS(rtol=tol, atol=tol)
     if vs.real_dtype(y) == jnp.result_type(float):
