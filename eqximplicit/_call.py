@@ -1,8 +1,10 @@
 """Running a solver that keeps its own loop: a host solver, or a bare callable."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -65,10 +67,37 @@ def call_host_solver(
     return Outcome(y, aux, result, jnp.asarray(is_successful(result)), stats)
 
 
+class Arguments(eqx.Module):
+    """What a decorated solver is called with, after its initial guess."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def by_name(self, solver: Callable[..., Any]) -> dict[str, Any]:
+        """The arguments by the names that `solver` gives them, or by their position."""
+        _, *names = _positional(solver) or ["y0"]
+        names += [f"argument {i + 1}" for i in range(len(names), len(self.args))]
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+
+def _positional(solver: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(solver).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return []
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def by_name(solver: Any, args: Any) -> dict[str, Any]:
+    """The parts of `args` by the names under which the caller has passed them."""
+    return args.by_name(solver) if isinstance(args, Arguments) else {"args": args}
+
+
 def _traced_inputs(solver: Callable[..., Any], y0: Any, args: Any) -> list[str]:
     inputs = [
         (leaf_name(root, path), leaf)
-        for root, tree in (("y0", y0), ("args", args))
+        for root, tree in [("y0", y0), *by_name(solver, args).items()]
         for path, leaf in jtu.tree_leaves_with_path(tree)
         if isinstance(leaf, Tracer)
     ]
@@ -86,8 +115,8 @@ def _not_traceable(
     traced = "; ".join(_traced_inputs(solver, y0, args)) or "none found"
     return ValueError(
         f"The solver `{name}` asked for the value of a traced array, which has none "
-        f"yet. Traced here: {traced}. Call the layer outside `jit` and `vmap` and pass "
-        "such arrays through `args`, or wrap the solver in `eqi.HostSolver`. JAX said: "
+        f"yet. Traced here: {traced}. Call it outside `jit` and `vmap`, with such "
+        "arrays as arguments, or wrap the solver in `eqi.HostSolver`. JAX said: "
         f"{str(error).splitlines()[0]}"
     )
 

@@ -8,6 +8,7 @@ from typing import Any, SupportsIndex, TypeVar
 import equinox as eqx
 
 from ._adjoint import ImplicitAdjoint
+from ._call import Arguments
 from ._condition import AbstractCondition, FixedPoint, Root
 from ._custom_types import LinearSolver
 from ._function import ImplicitFunction
@@ -16,27 +17,20 @@ from ._state import stop_gradient
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Arguments(eqx.Module):
-    """What a decorated solver is called with, after its initial guess."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class _OnArguments(eqx.Module):
     """`fn(y, *args, **kwargs)` as the `fn(y, arguments)` that a condition wants."""
 
     fn: Callable[..., Any]
     takes_aux: bool = eqx.field(static=True)
 
-    def __call__(self, y: Any, arguments: _Arguments, aux: Any = None) -> Any:
+    def __call__(self, y: Any, arguments: Arguments, aux: Any = None) -> Any:
         extra = (aux,) if self.takes_aux else ()
         return self.fn(y, *extra, *arguments.args, **arguments.kwargs)
 
 
 def _chosen(
-    argnums: SupportsIndex | Sequence[int] | None, arguments: _Arguments
-) -> _Arguments:
+    argnums: SupportsIndex | Sequence[int] | None, arguments: Arguments
+) -> Arguments:
     if argnums is None:
         return arguments
     given = [argnums] if isinstance(argnums, SupportsIndex) else argnums
@@ -48,10 +42,10 @@ def _chosen(
         arg if i in chosen else stop_gradient(arg)
         for i, arg in enumerate(arguments.args, start=1)
     ]
-    return _Arguments(tuple(args), stop_gradient(arguments.kwargs))
+    return Arguments(tuple(args), stop_gradient(arguments.kwargs))
 
 
-def _bad_argnums(argnums: SupportsIndex | Sequence[int], arguments: _Arguments) -> str:
+def _bad_argnums(argnums: SupportsIndex | Sequence[int], arguments: Arguments) -> str:
     count, keywords = len(arguments.args), ", ".join(arguments.kwargs)
     between = f"between 1 and {count}" if count else "after the initial guess"
     return (
@@ -63,21 +57,21 @@ def _bad_argnums(argnums: SupportsIndex | Sequence[int], arguments: _Arguments) 
 
 
 def _decorate(
-    condition: AbstractCondition[Any, _Arguments],
+    condition: AbstractCondition[Any, Arguments],
     solver: F,
     has_aux: bool,
     argnums: SupportsIndex | Sequence[int] | None,
     adjoint: ImplicitAdjoint,
 ) -> F:
     @functools.wraps(solver)  # errors name the solver
-    def call(y0: Any, arguments: _Arguments) -> Any:
+    def call(y0: Any, arguments: Arguments) -> Any:
         return solver(y0, *arguments.args, **arguments.kwargs)
 
     layer = ImplicitFunction(condition, call, adjoint, throw=False, has_aux=has_aux)
 
     @functools.wraps(solver)
     def solve(y0: Any, *args: Any, **kwargs: Any) -> Any:
-        solution = layer.solve(y0, _chosen(argnums, _Arguments(args, kwargs)))
+        solution = layer.solve(y0, _chosen(argnums, Arguments(args, kwargs)))
         return (solution.value, solution.aux) if has_aux else solution.value
 
     return solve  # pyright: ignore[reportReturnType]
@@ -122,7 +116,7 @@ def custom_root(
 
     def decorator(solver: F) -> F:
         fn = _OnArguments(optimality, takes_aux)
-        condition = Root[Any, _Arguments](fn, tags, takes_aux=takes_aux)
+        condition = Root[Any, Arguments](fn, tags, takes_aux=takes_aux)
         return _decorate(condition, solver, has_aux, argnums, _adjoint(linear_solver))
 
     return decorator
@@ -151,7 +145,7 @@ def custom_fixed_point(
 
     def decorator(solver: F) -> F:
         on_arguments = _OnArguments(fn, takes_aux)
-        condition = FixedPoint[Any, _Arguments](on_arguments, tags, takes_aux=takes_aux)
+        condition = FixedPoint[Any, Arguments](on_arguments, tags, takes_aux=takes_aux)
         return _decorate(condition, solver, has_aux, argnums, _adjoint(linear_solver))
 
     return decorator

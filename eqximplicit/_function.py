@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
 from ._brief import brief, brief_condition
-from ._call import call_host_solver, call_solver
+from ._call import by_name, call_host_solver, call_solver
 from ._condition import AbstractCondition, hoist
 from ._custom_types import check_instance, check_no_class
 from ._failure import refuse_failure
@@ -206,7 +206,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "No initial guess: call `layer(y0, args)`, or give the layer one with "
                 "`ImplicitFunction(..., y0=...)`."
             )
-        refuse_static_arrays(args, "args")
+        for name, part in by_name(self.solver, args).items():
+            refuse_static_arrays(part, name)
         compiled = _is_iterative(self.solver) and not _is_staged()
         solve = _solve_compiled if compiled else _solve
         solution = solve(self, guess, args, diagnose)

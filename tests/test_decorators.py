@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -174,6 +175,37 @@ def test_error_under_jit_names_the_decorated_solver():
 
     with pytest.raises(ValueError, match="solver `cube_root` asked for the value"):
         jax.jit(lambda a: cube_root(1.0, a))(8.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda solve, a: solve(1.0, a), "`a`, float64"),
+        (lambda solve, a: solve(1.0, a=a), "`a`, float64"),
+        (lambda solve, a: solve(1.0, 8.0, {"w": a}), r"`b\['w'\]`, float64"),
+        (lambda solve, a: solve(1.0, 8.0, {"w": 1.0}, a), "`argument 3`, float64"),
+        (lambda solve, a: solve(1.0, 8.0, c=a), "`c`, float64"),
+    ],
+    ids=["position", "keyword", "leaf", "further position", "further keyword"],
+)
+def test_error_under_jit_names_the_argument_as_the_caller_does(call, name):
+    @eqi.custom_root(lambda y, a, b=None, *rest, **settings: y**3 - a)
+    def cube_root(y0, a, b=None, *rest, **settings):
+        return sum(map(float, jax.tree.leaves((a, b, rest, settings))))
+
+    with pytest.raises(ValueError, match=f"Traced here: {name}"):
+        jax.jit(lambda a: call(cube_root, a))(8.0)
+
+
+class WithStaticArray(eqx.Module):
+    array: np.ndarray = eqx.field(static=True)
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+def test_static_array_in_an_argument_is_refused_by_the_name_of_the_argument():
+    solve = eqi.custom_root(lambda y, a: y)(lambda y, a: y)
+    with pytest.raises(ValueError, match="The static field `a.array` holds an array"):
+        solve(1.0, WithStaticArray(np.ones(2)))
 
 
 @pytest.mark.parametrize("container", [list, tuple], ids=["list", "tuple"])

@@ -202,6 +202,14 @@ def test_state_shape_is_inferred_from_the_cell(cell, x, shape):
     assert DEQ(cell, PLAIN)(x).shape == shape
 
 
+@pytest.mark.parametrize("x", [0.3, 1, {"a": 0.3}], ids=["float", "integer", "tree"])
+def test_python_numbers_are_inputs_like_scalar_arrays(x):
+    layer = DEQ(lambda z, x: 0.5 * z + sum(jtu.tree_leaves(x)), PLAIN)
+    z = layer(x)
+    assert z.shape == ()
+    np.testing.assert_allclose(z, 2 * jtu.tree_leaves(x)[0], atol=1e-7)
+
+
 def test_cell_may_say_its_initial_state_itself():
     z = DEQ(TwoPartCell(), PLAIN)(X[0])
     np.testing.assert_allclose(z["slow"], np.full(2, 2 * np.sum(X[0])), atol=1e-7)

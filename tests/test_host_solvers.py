@@ -94,7 +94,7 @@ def test_false_success_of_scipy_is_a_failure_here():
     assert claimed.success
     _, result, _ = host.ScipyRoot("lm").solve(fn, jnp.array([0.5]), None)
     expect(result, RESULTS.local_minimum)
-    loose = host.ScipyRoot("anderson", tol=0.5, residual_tol=1e-3)
+    loose = host.ScipyRoot("anderson", options={"fatol": 0.5}, residual_tol=1e-3)
     _, result, _ = loose.solve(lambda y, _: jnp.expm1(y), jnp.array([1.0]), None)
     expect(result, RESULTS.residual_too_large)
 
@@ -137,7 +137,8 @@ def test_the_success_flag_is_mapped_lane_by_lane(kind):
 
 
 def test_an_exception_inside_scipy_is_one_sentence_and_a_result_per_lane(caplog):
-    solve = lambda y: host.ScipyRoot("newton-raphson").solve(residual, y, jnp.ones(2))
+    solver = host.ScipyRoot("krylov", options={"line_search": "bisection"})
+    solve = lambda y: solver.solve(residual, y, jnp.ones(2))
     guesses = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), guess())
     with caplog.at_level(logging.ERROR, logger="eqximplicit"):
         y, result, _ = jax.block_until_ready(jax.jit(jax.vmap(solve))(guesses))
@@ -148,7 +149,7 @@ def test_an_exception_inside_scipy_is_one_sentence_and_a_result_per_lane(caplog)
     assert len(said) == 2
     for sentence in said:
         assert "`ScipyRoot` stopped on the host because of ValueError: " in sentence
-        assert "newton-raphson" in sentence
+        assert "Invalid line search" in sentence
         assert "\n" not in sentence
 
 
@@ -219,6 +220,47 @@ def test_fixed_point_of_the_cosine(method):
     y, result, _ = solver.solve(lambda y, _: jnp.cos(y), {"x": jnp.ones(2)}["x"], None)
     expect(result, RESULTS.successful)
     np.testing.assert_allclose(y, 0.7390851332151607, atol=1e-7)
+
+
+# Scales of the residual at which a default tolerance of SciPy's was too large.
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize(
+    "method", ["broyden1", "broyden2", "anderson", "diagbroyden", "krylov", "df-sane"]
+)
+def test_methods_without_a_jacobian_go_on_until_the_residual_is_small(method, size):
+    solver = host.ScipyRoot(method)
+    fn = lambda y, a: size * (y + 0.2 * jnp.sin(y[::-1]) - a)
+    y, result, _ = solver.solve(fn, jnp.zeros(3), jnp.arange(3.0))
+    expect(result, RESULTS.successful)
+    assert np.max(np.abs(fn(y, jnp.arange(3.0)))) <= solver.residual_tol
+
+
+@pytest.mark.parametrize("method", ["anderson", "linearmixing", "excitingmixing"])
+def test_quasi_newton_methods_iterate_a_map(method):
+    solver = host.ScipyFixedPoint(method)
+    y, result, _ = solver.solve(lambda y, _: jnp.cos(y), jnp.ones(2), None)
+    expect(result, RESULTS.successful)
+    np.testing.assert_allclose(y, 0.7390851332151607, atol=solver.residual_tol)
+
+
+@pytest.mark.parametrize(
+    ("solver", "known"),
+    [
+        (host.ScipyRoot, "hybr, lm, broyden1.*krylov, df-sane"),
+        (host.ScipyFixedPoint, "del2, iteration, hybr"),
+        (host.ScipyMinimize, "Nelder-Mead.*L-BFGS-B.*trust-krylov"),
+    ],
+)
+def test_a_method_that_scipy_does_not_have_is_refused(solver, known):
+    with pytest.raises(ValueError, match=f"no method 'nope'. Pass one of {known}"):
+        solver("nope")
+
+
+def test_names_of_methods_may_be_written_as_scipy_takes_them():
+    y, result, _ = host.ScipyRoot("LM").solve(lambda y, _: y**3 - 8, jnp.ones(1), None)
+    expect(result, RESULTS.successful)
+    np.testing.assert_allclose(y, 2.0, rtol=1e-7)
+    host.ScipyMinimize("bfgs")
 
 
 def test_float32_state_stays_float32():

@@ -541,6 +541,14 @@ def test_bands_need_no_optional_dependency():
         np.testing.assert_allclose(flat(x), expected, rtol=EXACT)
 
 
+def test_an_operation_that_asdex_does_not_know_is_refused_in_our_words():
+    pytest.importorskip("asdex")
+    circulant = lambda y: y + 0.1 * jnp.fft.ifft(jnp.fft.fft(y)).real
+    operator = jacobian_of(circulant, jnp.ones(8))
+    with pytest.raises(ValueError, match="`SparseDirect` cannot find .*'fft'.*Pass an"):
+        SparseDirect().init(operator, {})
+
+
 @pytest.mark.usefixtures("nothing_installed")
 def test_missing_dependencies_name_the_extra():
     wide = jacobian_of(plane, jnp.ones((20, 20)))

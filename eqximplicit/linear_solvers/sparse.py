@@ -114,8 +114,9 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
     - `backend`: `"auto"`; `"klu"` to insist on KLU; `"blocks"` for the LU in JAX.
 
     **Raises:** in `init`, `ValueError` for an operator that is not square, mixes real
-    and complex leaves, or is dense with more than 1000 unknowns; `ImportError` when an
-    optional dependency is needed and missing.
+    and complex leaves, is dense with more than 1000 unknowns, or has an operation that
+    asdex does not know (an FFT, say); `ImportError` when an optional dependency is
+    needed and missing.
 
     !!! example
 
@@ -189,7 +190,15 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
 
 
 def _sparse_structure(operator: lx.AbstractLinearOperator) -> Structure:
-    structure = detect_structure(operator, fallback_size=sys.maxsize)
+    try:
+        structure = detect_structure(operator, fallback_size=sys.maxsize)
+    except NotImplementedError as error:  # asdex's, and of nothing else here
+        cause = str(error).split(". ")[0]
+        raise ValueError(
+            f"`SparseDirect` cannot find the sparsity of this operator ({cause}). Pass "
+            "another `linear_solver`, for example `AutoLinearSolver()`, or write the "
+            "function with other operations."
+        ) from error
     if structure is None:
         raise ImportError(
             "`SparseDirect` cannot follow this operator's jaxpr by itself and needs "

@@ -151,12 +151,13 @@ def _is_state_struct(leaf: Any) -> bool:
 
 
 def _candidate_shapes(fn: CellMap, inputs: Inputs) -> list[tuple[int, ...]]:
-    arrays = [x for x in jtu.tree_leaves(inputs.x) if eqx.is_array(x)]
+    leaves = list(filter(eqx.is_array_like, jtu.tree_leaves(inputs.x)))
+    arrays = list(filter(eqx.is_array, leaves)) or leaves  # or else Python numbers
     if not arrays:
         return []
     inner = [x for x in jtu.tree_leaves(fn.cell) if eqx.is_inexact_array(x)]
     sizes = [size for x in inner for size in x.shape]
-    shape = arrays[0].shape
+    shape = jnp.shape(arrays[0])
     axes = reversed(range(len(shape)))
     resized = [
         (*shape[:axis], size, *shape[axis + 1 :]) for axis in axes for size in sizes

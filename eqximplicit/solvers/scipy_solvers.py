@@ -29,6 +29,17 @@ _GRADIENT_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 _HESSIAN_PRODUCT = ("newton-cg", "trust-ncg", "trust-krylov")
 _HESSIAN = ("dogleg", "trust-exact")
 _FIXED_POINT = ("del2", "iteration")
+_MINPACK = ("hybr", "lm")
+_QUASI_NEWTON = (
+    *("broyden1", "broyden2", "anderson", "linearmixing", "diagbroyden"),
+    *("excitingmixing", "krylov"),
+)
+_ROOT = (*_MINPACK, *_QUASI_NEWTON, "df-sane")
+_MINIMIZE = (
+    *("Nelder-Mead", "Powell", "CG", "BFGS", "Newton-CG", "L-BFGS-B", "TNC", "COBYLA"),
+    *("COBYQA", "SLSQP", "trust-constr", "dogleg", "trust-ncg", "trust-exact"),
+    "trust-krylov",
+)
 
 
 def _require_scipy(name: str) -> None:
@@ -39,6 +50,13 @@ def _require_scipy(name: str) -> None:
             f"`{name}` needs SciPy, an optional dependency: install it with "
             "`pip install eqximplicit[scipy]`."
         ) from error
+
+
+def _refuse_unknown(name: str, method: str, known: tuple[str, ...]) -> None:
+    if method.lower() not in map(str.lower, known):
+        raise ValueError(
+            f"`{name}` has no method {method!r}. Pass one of {', '.join(known)}."
+        )
 
 
 def _optimize() -> Any:
@@ -68,21 +86,23 @@ class ScipyRoot(AbstractHostSolver):
     """Root finding by `scipy.optimize.root`.
 
     MINPACK's methods (`"hybr"`, `"lm"`) get the Jacobian from JAX; the others
-    (`"krylov"`, `"anderson"`, `"broyden1"`, `"df-sane"`, ...) take none. SciPy calls
-    some points a success that are none: a largest residual above `residual_tol` is a
-    failure here (`RESULTS.local_minimum` under `"lm"`, else `residual_too_large`).
+    (`"krylov"`, `"anderson"`, `"broyden1"`, `"df-sane"`, ...) take none, and go on
+    until the residual is at most `residual_tol`. SciPy calls some points a success that
+    are none: a largest residual above `residual_tol` is a failure here
+    (`RESULTS.local_minimum` under `"lm"`, else `residual_too_large`).
 
     **Arguments:**
 
     - `method`: a method of `scipy.optimize.root`.
-    - `tol`: SciPy's `tol`; `None` for its default.
+    - `tol`: SciPy's `tol`, of relative steps (of relative residuals for `"df-sane"`);
+        `None` for its default.
     - `options`: SciPy's options of the method, as `{"maxfev": 1000}`.
     - `residual_tol`: largest absolute residual that counts as a root. Dimensionless.
 
     **Raises:**
 
     - `ImportError`: SciPy is not installed.
-    - `ValueError`: a negative tolerance.
+    - `ValueError`: a negative tolerance, or a method that SciPy does not have.
 
     !!! example
 
@@ -99,6 +119,7 @@ class ScipyRoot(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyRoot")
+        _refuse_unknown("ScipyRoot", self.method, _ROOT)
         refuse_negative("ScipyRoot", tol=self.tol, residual_tol=self.residual_tol)
 
     def solve(
@@ -108,7 +129,7 @@ class ScipyRoot(AbstractHostSolver):
 
         def algorithm(host: OnHost, x0: Any) -> Report:
             solution = _scipy_root(self, host.value, host.jacobian, x0)
-            wrong = LOCAL_MINIMUM if self.method == "lm" else TOO_LARGE
+            wrong = LOCAL_MINIMUM if self.method.lower() == "lm" else TOO_LARGE
             return _judged(_report(solution), solution.fun, self.residual_tol, wrong)
 
         return solve_on_host(self, algorithm, fn, y0, args)
@@ -117,20 +138,31 @@ class ScipyRoot(AbstractHostSolver):
 def _scipy_root(
     solver: "ScipyRoot | ScipyFixedPoint", residual: Any, jacobian: Any, x0: Any
 ) -> Any:
-    jac = jacobian if solver.method in ("hybr", "lm") else None
-    options = dict(solver.options or {})
+    method = solver.method.lower()
+    jac = jacobian if method in _MINPACK else None
+    options = {**_stopping(method, solver), **(solver.options or {})}
     return _optimize().root(
-        residual, x0, method=solver.method, jac=jac, tol=solver.tol, options=options
+        residual, x0, method=method, jac=jac, tol=solver.tol, options=options
     )
 
 
+def _stopping(method: str, solver: "ScipyRoot | ScipyFixedPoint") -> dict[str, float]:
+    # By default they stop at 6e-6, with a `tol` whatever the residual is, or at a
+    # residual relative to the first.
+    if method in _QUASI_NEWTON:
+        return {"fatol": solver.residual_tol}
+    if method == "df-sane" and solver.tol is None:
+        return {"ftol": 0.0, "fatol": solver.residual_tol}
+    return {}
+
+
 class ScipyFixedPoint(AbstractHostSolver):
-    """Fixed points by `scipy.optimize.fixed_point`, or by root finding on `y - fn(y)`.
+    """Fixed points by `scipy.optimize.fixed_point`, or by root finding on `fn(y) - y`.
 
     **Arguments:**
 
     - `method`: `"del2"` (Steffensen's acceleration, entry by entry) or `"iteration"`;
-        or a method of `scipy.optimize.root`, as `"anderson"`, for `y - fn(y)`.
+        or a method of `scipy.optimize.root`, as `"anderson"`, for `fn(y) - y`.
     - `tol`: relative error of `fixed_point`, or `tol` of `root`; `None`: its default.
     - `options`: for `fixed_point` only `{"maxiter": ...}`, else as `ScipyRoot`'s.
     - `residual_tol`: largest absolute `y - fn(y)` that counts as a fixed point.
@@ -138,7 +170,7 @@ class ScipyFixedPoint(AbstractHostSolver):
     **Raises:**
 
     - `ImportError`: SciPy is not installed.
-    - `ValueError`: a negative tolerance.
+    - `ValueError`: a negative tolerance, or a method that SciPy does not have.
     """
 
     method: str = eqx.field(default="del2", static=True)
@@ -149,6 +181,7 @@ class ScipyFixedPoint(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyFixedPoint")
+        _refuse_unknown("ScipyFixedPoint", self.method, (*_FIXED_POINT, *_ROOT))
         tolerances = {"tol": self.tol, "residual_tol": self.residual_tol}
         refuse_negative("ScipyFixedPoint", **tolerances)
 
@@ -156,7 +189,8 @@ class ScipyFixedPoint(AbstractHostSolver):
         self, fn: Callable[[Any, Any], Any], y0: Any, args: Any
     ) -> tuple[Any, RESULTS, dict[str, Any]]:
         """Returns a point that `fn(y, args)` maps to itself."""
-        algorithm = self._steffensen if self.method in _FIXED_POINT else self._by_root
+        direct = self.method.lower() in _FIXED_POINT
+        algorithm = self._steffensen if direct else self._by_root
         return solve_on_host(self, algorithm, fn, y0, args)
 
     def _steffensen(self, host: OnHost, x0: Any) -> Report:
@@ -164,7 +198,7 @@ class ScipyFixedPoint(AbstractHostSolver):
         tol = 1e-8 if self.tol is None else self.tol
         try:
             x = _optimize().fixed_point(
-                host.value, x0, xtol=tol, maxiter=limit, method=self.method
+                host.value, x0, xtol=tol, maxiter=limit, method=self.method.lower()
             )
         except RuntimeError as error:  # SciPy's way to say "not converged"
             if "converge" not in str(error):
@@ -173,8 +207,9 @@ class ScipyFixedPoint(AbstractHostSolver):
         return _judged(Report(x, OK), x - host.value(x), self.residual_tol)
 
     def _by_root(self, host: OnHost, x0: Any) -> Report:
-        residual = lambda x: x - host.value(x)
-        jacobian = lambda x: np.eye(np.size(x)) - host.jacobian(x)
+        # Of this sign: SciPy's mixing methods then iterate the map, damped.
+        residual = lambda x: host.value(x) - x
+        jacobian = lambda x: host.jacobian(x) - np.eye(np.size(x))
         solution = _scipy_root(self, residual, jacobian, x0)
         return _judged(_report(solution), solution.fun, self.residual_tol)
 
@@ -196,7 +231,7 @@ class ScipyMinimize(AbstractHostSolver):
     **Raises:**
 
     - `ImportError`: SciPy is not installed.
-    - `ValueError`: a negative tolerance.
+    - `ValueError`: a negative tolerance, or a method that SciPy does not have.
     """
 
     method: str = eqx.field(default="BFGS", static=True)
@@ -206,6 +241,7 @@ class ScipyMinimize(AbstractHostSolver):
 
     def __check_init__(self) -> None:
         _require_scipy("ScipyMinimize")
+        _refuse_unknown("ScipyMinimize", self.method, _MINIMIZE)
         refuse_negative("ScipyMinimize", tol=self.tol)
 
     def solve(
