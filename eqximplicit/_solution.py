@@ -93,6 +93,11 @@ with warnings.catch_warnings():
             "minimum far away, if there is one. Check that the objective has a "
             "minimum, rescale it, or lower `atol`."
         )
+        nonfinite_jacobian = (
+            "The Jacobian is not finite (inf or NaN) where the residual is, so no "
+            "Newton step exists. Start from another `y0`, or write the function "
+            "without a root or a power whose slope is infinite there."
+        )
 
 
 def as_results(result: Any) -> RESULTS:

@@ -263,6 +263,12 @@ def test_a_large_state_that_is_not_solved_says_why(fn, reason):
     assert stats["result"] == reason
 
 
+def test_a_jacobian_that_is_not_finite_is_the_reason_given():
+    _, stats, claimed = _solve(lambda y, _: jnp.sqrt(y) - 1, jnp.zeros(4))
+    assert not claimed
+    assert stats["result"] == RESULTS.nonfinite_jacobian, RESULTS[stats["result"]]
+
+
 @pytest.mark.parametrize("name", ["rtol", "atol", "max_restarts", "krylov_above"])
 def test_negative_number_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"AutoRootFinder\({name}=...\)"):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._solution import as_results, Aux, RESULTS, Y
-from .._state import peak
+from .._state import all_finite, peak
 from . import _root_phases as ph, _vector_space as vs
 from ._root_solve import newton_or_damped_step
 from ._root_vector import norm_of, real_vector, RealVector
@@ -157,6 +157,8 @@ def why(state: DenseState[Any], y: PyTree[Array], limits: ph.Limits) -> RESULTS:
     far = norm_of(real_vector(y).ravel(y)) > ph.FAR * state.start_length
     reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
     reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)
+    smooth = all_finite(state.base.transposed)
+    reason = RESULTS.where(smooth, reason, RESULTS.nonfinite_jacobian)
     stuck = control.stuck > 0
     reason = RESULTS.where(stuck, RESULTS.unattainable_tolerance, reason)
     no_start = ~jnp.isfinite(control.best_max)

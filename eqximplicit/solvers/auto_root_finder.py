@@ -53,8 +53,9 @@ class AutoRootFinder(
     alone is never success. Otherwise the best point seen is returned, with its residual
     in `stats["residual_norm"]` and the reason in `stats["result"]`, an
     [`eqximplicit.RESULTS`][]: `local_minimum`, `nonlinear_divergence`,
-    `singular_jacobian`, `unattainable_tolerance`, `nonlinear_max_steps_reached` or
-    `nonfinite_start`. Each failing lane of a `jax.vmap` stops by itself.
+    `singular_jacobian`, `nonfinite_jacobian` (where one is formed),
+    `unattainable_tolerance`, `nonlinear_max_steps_reached` or `nonfinite_start`. Each
+    failing lane of a `jax.vmap` stops by itself.
 
     Above `krylov_above` unknowns no Jacobian is formed: the same name then stands for
     an inexact Newton-Krylov method with backtracking (GMRES, as accurate as Eisenstat
