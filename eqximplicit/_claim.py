@@ -12,12 +12,15 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree
+from ._state import max_abs
 from .linear_solvers._residual import dot
 from .solvers import _vector_space as vs
 from .solvers._curvature import extreme_curvatures, is_negative
+from .solvers._default import ROUNDINGS
 
 
 class Claim(eqx.Module):
@@ -46,3 +49,13 @@ def is_saddle(
     """Whether a Hessian `mv` at `y` has a direction of negative curvature."""
     lowest, largest = extreme_curvatures(mv, y)
     return is_negative(lowest, largest, y, gradient)
+
+
+def is_rounding(
+    residual: Callable[[Any], PyTree[Array]], y: PyTree[Array], eps: float
+) -> Bool[Array, ""]:
+    """Whether roundings of `y` move the residual by as much as is left of it."""
+    moved = residual(jtu.tree_map(lambda x: x * (1 + eps), y))
+    left = residual(y)
+    change = jtu.tree_map(lambda a, b: a - b, moved, left)
+    return max_abs(left) <= ROUNDINGS * max_abs(change)

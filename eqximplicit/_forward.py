@@ -14,6 +14,7 @@ from ._solution import RESULTS
 from ._spectrum import probe, Spectrum
 from ._state import max_abs, real_dtype
 from .solvers._curvature import is_negative
+from .solvers._default import fitted
 from .solvers.auto_root_finder import AutoRootFinder, default_atol
 
 Vector = np.ndarray[Any, np.dtype[Any]]
@@ -50,12 +51,13 @@ def _tolerance(point: Point) -> float | None:
     layer = point.subject.layer
     if layer.residual_tol is not None:
         return layer.residual_tol
-    atol = getattr(layer.solver, "atol", None)
-    if isinstance(layer.solver, AutoRootFinder) and atol is None:
+    solver = fitted(layer.solver, point.y)
+    atol = getattr(solver, "atol", None)
+    if isinstance(solver, AutoRootFinder) and atol is None:
         atol = default_atol(real_dtype(point.y))
     if not is_iterative(layer) or atol is None:
         return None
-    rtol = getattr(layer.solver, "rtol", None) or 0.0
+    rtol = getattr(solver, "rtol", None) or 0.0
     return float(atol) + float(rtol) * float(max_abs(point.y))
 
 

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
 from ._brief import brief, brief_condition
 from ._call import by_name, call_host_solver, call_solver
+from ._claim import is_rounding
 from ._condition import AbstractCondition, hoist
 from ._custom_types import check_instance, check_no_class
 from ._failure import refuse_failure
@@ -24,6 +25,7 @@ from ._state import (
     all_finite,
     as_arrays,
     as_state,
+    coarse_epsilon,
     max_abs,
     numbers_as_arrays,
     stop_gradient,
@@ -273,8 +275,14 @@ def _diagnosed(solve: Solve, outcome: Outcome) -> Outcome:
     broken = unexplained & ~all_finite(outcome.y)
     result = where_result(broken, RESULTS.nonfinite, result)
     condition = hoist(solve.condition, outcome.y, solve.args, outcome.aux)
-    residual = condition.residual(outcome.y, solve.args, outcome.aux)
-    norm = max_abs(stop_gradient(residual))
+    residual = lambda y: condition.residual(y, solve.args, outcome.aux)
+    norm = max_abs(stop_gradient(residual(outcome.y)))
+    eps = coarse_epsilon(outcome.y)
+    if eps is not None:  # of which the solver has seen nothing
+        stuck = (result == RESULTS.local_minimum) & is_rounding(
+            residual, stop_gradient(outcome.y), eps
+        )
+        result = where_result(stuck, RESULTS.unattainable_tolerance, result)
     stats = {**outcome.stats, "residual_norm": norm}
     return Outcome(outcome.y, outcome.aux, result, outcome.trusted, stats)
 

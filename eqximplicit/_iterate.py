@@ -21,6 +21,7 @@ from ._monitor import Monitor, Watch
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
+from .solvers._default import fitted
 from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened
 from .solvers._small_newton import is_closed_form, small_newton
 
@@ -155,6 +156,7 @@ def iterate(
 
     **Raises:** `TypeError` if the solver is of the wrong kind for the condition.
     """
+    solver = fitted(solver, y0)
     fn = iterated_fn(solver, condition, y0)
     y = to_real(y0, real_dtype(y0))
     watch = _watch(monitor, fn, args, max_steps)

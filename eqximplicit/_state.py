@@ -176,6 +176,12 @@ def real_dtype(tree: PyTree[_Struct]) -> np.dtype:
         return jnp.dtype(jnp.result_type(jnp.float32, *leaves))
 
 
+def coarse_epsilon(tree: PyTree[_Struct]) -> float | None:
+    """The epsilon of leaves in half precision alone, which the real form hides."""
+    eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(tree)]
+    return max(eps) if min(eps) > float(jnp.finfo(real_dtype(tree)).eps) else None
+
+
 def to_real(tree: PyTree[Array], dtype: np.dtype) -> PyTree[Float[Array, "..."]]:
     """The real form of a state, or of a vector shaped like it."""
 

@@ -118,3 +118,39 @@ def test_zero_right_hand_side_is_zero_in_single_precision(solver):
         return jax.jvp(solution, (b,), (jnp.zeros_like(b),))[1]
 
     assert_close(run(jnp.ones(2)), jnp.zeros(2), tol=0)
+
+
+# --- half precision, which is solved in its real form, float32
+
+HALVES = pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=str)
+
+
+@HALVES
+@pytest.mark.parametrize(
+    ("condition", "truth"),
+    [
+        (eqi.Root(lambda y, a: y**3 + y - a), np.array([0.6823, 1.0, 1.2134])),
+        (
+            eqi.FixedPoint(lambda y, a: jnp.cos(y * a) / 2),
+            np.array([0.4502, 0.3696, 0.3049]),
+        ),
+        (eqi.Minimum(lambda y, a: jnp.sum((y - a) ** 2 + y**4 / 10)), None),
+    ],
+    ids=["root", "fixed point", "minimum"],
+)
+def test_default_solvers_reach_what_half_precision_can(condition, truth, dtype):
+    a = jnp.array([1.0, 2.0, 3.0], dtype)
+    layer = eqi.ImplicitFunction(condition)  # raises if it fails
+    y, slope = jax.value_and_grad(lambda a: layer(jnp.ones(3, dtype), a).sum())(a)
+    assert y.dtype == slope.dtype == dtype
+    assert np.all(np.isfinite(slope))
+    if truth is not None:
+        distance = 8 * float(jnp.finfo(dtype).eps)
+        assert_close(layer(jnp.ones(3, dtype), a).astype(float), truth, tol=distance)
+
+
+@HALVES
+def test_a_residual_of_roundings_alone_is_no_local_minimum(dtype):
+    layer = eqi.ImplicitFunction(eqi.Root(lambda y, a: y**3 + y - a), throw=False)
+    result = layer.solve(jnp.ones(3, dtype), jnp.array([30.0, 60, 90], dtype)).result
+    assert result == eqi.RESULTS.unattainable_tolerance, eqi.RESULTS[result]

@@ -1,14 +1,21 @@
-"""The solver of a condition when the user names none."""
+"""The solver of a condition when the user names none, and its tolerance if neither."""
 
-from typing import Any
+import dataclasses
+from typing import Any, TypeVar
 
 import optimistix as optx
 
 from .._condition import AbstractCondition, FixedPoint, LeastSquares, Minimum
+from .._state import coarse_epsilon
 from .auto_fixed_point import AutoFixedPoint
 from .auto_least_squares import AutoLeastSquares
 from .auto_minimiser import AutoMinimiser
 from .auto_root_finder import AutoRootFinder
+
+_Solver = TypeVar("_Solver")
+_OF_OURS = AutoFixedPoint, AutoLeastSquares, AutoMinimiser, AutoRootFinder
+# What is left of a residual or a gradient in half precision, in epsilons.
+ROUNDINGS = 8.0
 
 
 def default_solver(
@@ -22,3 +29,15 @@ def default_solver(
     if isinstance(condition, LeastSquares):
         return AutoLeastSquares()
     return AutoRootFinder()
+
+
+def fitted(solver: _Solver, y: Any) -> _Solver:
+    """The solver, its tolerances by default those of a state in half precision.
+
+    It is solved in its real form, which is float32, and its own rounding is not seen.
+    """
+    eps = coarse_epsilon(y)
+    if eps is None or not isinstance(solver, _OF_OURS):
+        return solver
+    names = [name for name in ("rtol", "atol") if getattr(solver, name) is None]
+    return dataclasses.replace(solver, **dict.fromkeys(names, ROUNDINGS * eps))
