@@ -44,7 +44,10 @@ def extreme_curvatures(
 
     Two floats of shape `()`, in the widest real dtype of `y`.
     """
-    ritz = _dense(hvp, y) if vs.size(y) <= DENSE_SIZE else _lanczos(hvp, y, num_steps)
+    if vs.size(y) <= DENSE_SIZE:
+        ritz = jnp.linalg.eigvalsh(hessian_matrix(hvp, y))
+    else:
+        ritz = jnp.linalg.eigvalsh(lanczos(hvp, random_like(y), num_steps))
     return jnp.min(ritz), jnp.max(jnp.abs(ritz))
 
 
@@ -70,21 +73,23 @@ def is_negative(
     return lowest < -jnp.minimum(zero, eps**0.5 * largest)
 
 
-def _dense(hvp: Hvp, y: Any) -> Float[Array, " n"]:
+def hessian_matrix(hvp: Hvp, y: Any) -> Float[Array, "n n"]:
+    """Returns the matrix of `hvp` on the raveled state, made exactly symmetric."""
     with jax.numpy_dtype_promotion("standard"):
         flat, unravel = jfu.ravel_pytree(y)
         column = lambda basis: jfu.ravel_pytree(hvp(unravel(basis)))[0]
         hessian = jax.vmap(column)(jnp.eye(flat.size, dtype=flat.dtype))
-    return jnp.linalg.eigvalsh((hessian + hessian.T) / 2)
+    return (hessian + hessian.T) / 2
 
 
-def _lanczos(hvp: Hvp, y: Any, num_steps: int) -> Float[Array, " k"]:
-    """Returns Ritz values of the three-term recurrence.
+def lanczos(hvp: Hvp, start: Any, num_steps: int) -> Float[Array, "k k"]:
+    """Returns the tridiagonal matrix of the three-term recurrence.
 
-    Without reorthogonalisation: lost orthogonality only repeats Ritz values that have
+    Its eigenvalues are Ritz values, and its first axis is `start`. There is no
+    reorthogonalisation: lost orthogonality only repeats Ritz values that have
     already converged (C. C. Paige, 1980), which does no harm to their extremes.
     """
-    dtype = vs.real_dtype(y)
+    dtype = vs.real_dtype(start)
     zero = jnp.zeros((), dtype)
 
     def body(
@@ -101,19 +106,20 @@ def _lanczos(hvp: Hvp, y: Any, num_steps: int) -> Float[Array, " k"]:
         inverse = jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, new_beta))
         return (q, vs.scaled(inverse, w), new_beta), (alpha, new_beta)
 
-    start = _unit_random(y, dtype)
-    carry = (vs.zeros_like(y), start, zero)
+    size = vs.length(start, dtype)
+    unit = vs.scaled(jnp.where(size > 0, 1 / size, 0), start)
+    carry = (vs.zeros_like(start), unit, zero)
     _, (alphas, betas) = jax.lax.scan(body, carry, None, length=num_steps)
     off = jnp.diag(betas[:-1], 1)
-    return jnp.linalg.eigvalsh(jnp.diag(alphas) + off + off.T)
+    return jnp.diag(alphas) + off + off.T
 
 
-def _unit_random(y: Any, dtype: jnp.dtype) -> Any:
+def random_like(y: Any) -> Any:
+    """Returns normal numbers in the place of the entries of `y`, always the same."""
     leaves, structure = jtu.tree_flatten(y)
     keys = jr.split(jr.key(0), len(leaves))
     noise = [
         jr.normal(key, leaf.shape, leaf.dtype)
         for key, leaf in zip(keys, leaves, strict=True)
     ]
-    tree = jtu.tree_unflatten(structure, noise)
-    return vs.scaled(1 / vs.length(tree, dtype), tree)
+    return jtu.tree_unflatten(structure, noise)

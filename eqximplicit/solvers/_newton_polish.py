@@ -23,6 +23,7 @@ from typing import Any, Generic
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import Aux, Y
@@ -30,6 +31,12 @@ from . import _vector_space as vs
 
 MAX_CG_STEPS = 200
 NOISE = 10.0  # rounding of a computed value of `fn`, in units of eps * |fn|
+# Terms of `fn` that cancel may round it more coarsely. Where it changes by less than
+# this part, in powers of eps, a gradient that is halved is progress too.
+COARSE = 0.5
+# A step this many roundings of `y` long changes `fn` by what the model says, so closely
+# that all else is the rounding of `fn`.
+SHORT = 100.0
 
 
 class PolishState(eqx.Module, Generic[Y]):
@@ -42,6 +49,7 @@ class PolishState(eqx.Module, Generic[Y]):
     radius: Float[Array, ""]
     step_length: Float[Array, ""]
     predicted: Float[Array, ""]  # reduction that the model promises at `trial`
+    noise: Float[Array, ""]  # rounding of `fn`, as far as short steps have shown it
     fresh: Bool[Array, ""]  # nothing evaluated yet: the trial is the point itself
     stuck: Bool[Array, ""]  # no further progress is possible
     diverged: Bool[Array, ""]  # the objective or the point went to infinity
@@ -54,6 +62,8 @@ class PolishState(eqx.Module, Generic[Y]):
 
 
 class _Proposal(eqx.Module, Generic[Y]):
+    """A step, its length, and the reduction that the model promises."""
+
     step: Y
     length: Float[Array, ""]
     predicted: Float[Array, ""]
@@ -63,7 +73,8 @@ def start(y: Y, dtype: jnp.dtype) -> PolishState[Y]:
     """Returns the state that evaluates `y` first and accepts it as it is."""
     zero = jnp.zeros((), dtype)
     no, yes = jnp.array(False), jnp.array(True)
-    return PolishState(y, zero, vs.zeros_like(y), zero, zero, zero, zero, yes, no, no)
+    g = vs.zeros_like(y)
+    return PolishState(y, zero, g, zero, zero, zero, zero, zero, yes, no, no)
 
 
 def polish(
@@ -86,12 +97,16 @@ def polish(
     gradient = vs.select(accept, gradient, state.gradient)
     gradient_norm = jnp.where(accept, gradient_norm, state.gradient_norm)
     y_length = vs.length(y, dtype)
+    short = state.step_length <= SHORT * vs.resolution(y) * y_length
+    surprise = jnp.abs(state.value - value - state.predicted)
+    shown = short & ~state.fresh & jnp.isfinite(surprise)
     far_away = vs.resolution(y) ** -3
     radius = jnp.where(state.fresh, jnp.maximum(y_length, 1), radius)
     stuck = stuck | (radius <= vs.resolution(y) * jnp.maximum(y_length, 1e-3))
-    proposal = _steihaug(
-        hessian_product(objective, y), gradient, radius, gradient_norm > atol, dtype
-    )
+    # Superlinear convergence: the residual shrinks faster than the gradient.
+    forcing = jnp.minimum(0.1, jnp.sqrt(vs.length(gradient, dtype)))
+    forcing = jnp.where(gradient_norm > atol, forcing, 1)
+    proposal = _steihaug(hessian_product(objective, y), gradient, radius, forcing)
     new_state = PolishState(
         trial=vs.add_scaled(y, jnp.ones((), dtype), proposal.step),
         value=jnp.where(accept, value, state.value),
@@ -100,6 +115,7 @@ def polish(
         radius=radius,
         step_length=proposal.length,
         predicted=proposal.predicted,
+        noise=jnp.maximum(state.noise, jnp.where(shown, surprise, 0)),
         fresh=jnp.array(False),
         stuck=stuck,
         diverged=jnp.isneginf(value) | (y_length > far_away),
@@ -128,12 +144,16 @@ def _judge(
     # Reductions below the rounding of `fn` cannot be measured: there the gradient,
     # which is computed to full relative precision, decides.
     rounding = state.predicted <= noise
-    ratio = (state.value - value + noise) / (state.predicted + noise)
+    reduction = state.value - value
+    ratio = (reduction + noise) / (state.predicted + noise)
     better = gradient_norm < state.gradient_norm
-    accept = state.fresh | (finite & jnp.where(rounding, better, ratio > 1e-4))
-    slow = rounding & ~(gradient_norm < 0.5 * state.gradient_norm)
-    stuck = jnp.where(state.fresh, ~finite, slow)
-    shrink = ~finite | (~rounding & ~(ratio >= 0.25))
+    halved = gradient_norm < 0.5 * state.gradient_norm
+    change = jnp.maximum(state.predicted, jnp.abs(reduction))
+    close = halved & (change <= eps**COARSE * jnp.abs(state.value))
+    accept = jnp.where(rounding, better, (ratio > 1e-4) | close)
+    accept = state.fresh | (finite & accept)
+    stuck = jnp.where(state.fresh, ~finite, rounding & ~halved)
+    shrink = ~finite | (~rounding & ~close & ~(ratio >= 0.25))
     grow = finite & (ratio > 0.75) & (state.step_length >= 0.99 * state.radius)
     radius = jnp.where(grow, 2 * state.radius, state.radius)
     radius = jnp.where(shrink, 0.25 * state.step_length, radius)
@@ -154,14 +174,23 @@ def _steihaug(
     product: Callable[[Y], Y],
     gradient: Y,
     radius: Float[Array, ""],
-    needed: Bool[Array, ""],
-    dtype: jnp.dtype,
+    forcing: Float[Array, ""],
 ) -> _Proposal[Y]:
-    """Returns an approximate minimiser of the quadratic model in the trust region."""
-    down = vs.negative_conjugate(gradient)
+    """Returns an approximate minimiser of the quadratic model in the trust region.
+
+    **Arguments:**
+
+    - `product`: the Hessian as a linear map.
+    - `gradient`, `radius`: the slope of the model, and the largest length of a step.
+    - `forcing`: the model's gradient at the step, per `gradient`, that will do; at 1 no
+        step is made.
+    """
+    dtype = radius.dtype
+    # In the unit of the gradient, the square of which may overflow.
+    unit = vs.norm_of(optx.max_norm, gradient, dtype)
+    inverse = 1 / jnp.where(unit > 0, unit, 1)
+    down = vs.scaled(inverse, vs.negative_conjugate(gradient))
     down_sq = vs.dot(down, down, dtype)
-    # Superlinear convergence: the residual shrinks faster than the gradient.
-    forcing = jnp.minimum(0.1, jnp.sqrt(jnp.sqrt(down_sq)))
     target_sq = forcing**2 * down_sq
     max_steps = min(2 * vs.size(gradient) + 10, MAX_CG_STEPS)
     zero = jnp.zeros((), dtype)
@@ -172,11 +201,11 @@ def _steihaug(
         residual_sq=down_sq,
         predicted=zero,
         num_steps=jnp.zeros((), jnp.int32),
-        done=~needed | ~jnp.isfinite(down_sq) | (down_sq == 0),
+        done=~jnp.isfinite(down_sq) | ~(down_sq > target_sq),
     )
 
     def body(cg: _CG[Y]) -> _CG[Y]:
-        h_direction = product(cg.direction)
+        h_direction = vs.scaled(inverse, product(cg.direction))
         curvature = vs.dot(cg.direction, h_direction, dtype)
         full = cg.residual_sq / jnp.where(curvature > 0, curvature, 1)
         to_edge = _to_boundary(cg.step, cg.direction, radius, dtype)
@@ -199,7 +228,7 @@ def _steihaug(
 
     running = lambda cg: ~cg.done & (cg.num_steps < max_steps)
     last = jax.lax.while_loop(running, body, first)
-    return _Proposal(last.step, vs.length(last.step, dtype), last.predicted)
+    return _Proposal(last.step, vs.length(last.step, dtype), unit * last.predicted)
 
 
 def _to_boundary(

@@ -7,7 +7,8 @@ too. Here that claim only starts the next phase of the same compiled loop:
             its share of steps
     POLISH  trust-region Newton-CG from there, until the gradient is small or no
             further progress is possible
-    CHECK   one look at the curvature; then DONE
+    CHECK   one look at the curvature; then DONE, or once more POLISH if the objective
+            could still fall and has fallen since the last look
 
 Each phase is guarded by a `while_loop` of at most one turn instead of a `cond`: under
 `vmap` a phase that no lane is in is then not computed at all.
@@ -26,13 +27,9 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import as_results, RESULTS
 from . import _vector_space as vs
-from ._curvature import (
-    extreme_curvatures,
-    is_negative,
-    LANCZOS_STEPS,
-    STEPS_IF_TAGGED,
-)
-from ._newton_polish import hessian_product, polish, PolishState, start
+from ._curvature import is_negative, LANCZOS_STEPS, STEPS_IF_TAGGED
+from ._newton_polish import hessian_product, NOISE, polish, PolishState, start
+from ._stationary import Outlook, outlook
 
 _DIVERGED = as_results(RESULTS.nonlinear_divergence)
 
@@ -67,6 +64,7 @@ class VerifiedState(eqx.Module):
     num_search: Int[Array, ""]
     num_stalled: Int[Array, ""]
     num_polish: Int[Array, ""]
+    checked: Float[Array, ""]  # value at the last check
     min_curvature: Float[Array, ""]
     result: RESULTS
     aux: Any
@@ -117,6 +115,7 @@ class VerifiedDescent(eqx.Module):
             num_search=zero,
             num_stalled=zero,
             num_polish=zero,
+            checked=jnp.asarray(jnp.inf, dtype),
             min_curvature=jnp.asarray(jnp.nan, dtype),
             result=RESULTS.successful,
             aux=vs.zeros_like(aux_struct),
@@ -225,35 +224,65 @@ class VerifiedDescent(eqx.Module):
 
     def _check(self, problem: Problem, carry: _Carry) -> _Carry:
         """One look at the Hessian decides whether and what the point is."""
-        state, y = carry.state, carry.y
-        dtype = state.polish.value.dtype
+        state, y, polished = carry.state, carry.y, carry.state.polish
+        dtype = polished.value.dtype
         hvp = hessian_product(self._scalar(problem), y)
-        lowest, largest = extreme_curvatures(hvp, y, _num_looks(problem.tags))
-        # Where rounding forbids a gradient below `atol`, one that a relative change
-        # `rtol` of `y` would cause is as good as zero.
-        slack = self.rtol * vs.norm_of(self.norm, hvp(y), dtype)
-        small = ~(state.polish.gradient_norm > self.atol + slack)
-        saddle = is_negative(lowest, largest, y, state.polish.gradient)
-        # `‖∇f‖ / ‖H‖` is no more than the Newton step, the distance from a minimum.
-        size = jnp.maximum(vs.length(y, dtype), 1)
-        far = state.polish.gradient_norm > FAR * size * largest
-        result = RESULTS.where(far, RESULTS.flat_objective, RESULTS.successful)
-        result = RESULTS.where(saddle, RESULTS.saddle_point, result)
-        result = RESULTS.where(small, result, RESULTS.unattainable_tolerance)
+        steep = polished.gradient_norm > self.atol
+        num_looks = _num_looks(problem.tags)
+        ahead = outlook(hvp, y, polished.gradient, num_looks)
+        result = self._verdict(ahead, steep, y, polished)
         result = RESULTS.where(
-            state.polish.nonfinite_start, RESULTS.nonfinite_start, result
+            polished.nonfinite_start, RESULTS.nonfinite_start, result
         )
-        result = RESULTS.where(state.polish.diverged, _DIVERGED, result)
+        result = RESULTS.where(polished.diverged, _DIVERGED, result)
+        # A first failure may be that of a trust region shrunk by rounding, not by `fn`.
+        again = result == RESULTS.unattainable_tolerance
+        again = again & (polished.value < state.checked)
+        next_phase = jnp.where(again, int(Phase.POLISH), int(Phase.DONE))
         new_state = eqx.tree_at(
-            lambda s: (s.phase, s.min_curvature, s.result),
+            lambda s: (
+                s.polish.trial,
+                s.polish.fresh,
+                s.phase,
+                s.checked,
+                s.min_curvature,
+                s.result,
+            ),
             state,
             (
-                jnp.full_like(state.phase, int(Phase.DONE)),
-                lowest.astype(dtype),
+                y,
+                again,
+                next_phase.astype(state.phase.dtype),
+                polished.value,
+                ahead.lowest.astype(dtype),
                 result,
             ),
         )
         return _Carry(y, new_state)
+
+    def _verdict(
+        self,
+        ahead: Outlook,
+        steep: Bool[Array, ""],
+        y: Any,
+        polished: PolishState[Any],
+    ) -> RESULTS:
+        """Returns what a point is from which the model looks `ahead`."""
+        length = vs.length(y, polished.value.dtype)
+        eps = vs.resolution(y)
+        rounding = eps * jnp.abs(polished.value) + eps**2 * ahead.sensitivity
+        rounding = jnp.maximum(NOISE * rounding, polished.noise)
+        falls = ~(ahead.gain <= rounding)
+        # Where rounding forbids a gradient below `atol`, one that a relative change
+        # `rtol` of `y` would cause is as good as zero.
+        near = ahead.distance <= self.rtol * length
+        near = near & (ahead.gain <= self.rtol**2 * ahead.sensitivity)
+        saddle = is_negative(ahead.lowest, ahead.largest, y, polished.gradient)
+        far = falls & (ahead.distance > FAR * jnp.maximum(length, 1))
+        result = RESULTS.where(far, RESULTS.flat_objective, RESULTS.successful)
+        result = RESULTS.where(saddle, RESULTS.saddle_point, result)
+        unattainable = steep & falls & ~near
+        return RESULTS.where(unattainable, RESULTS.unattainable_tolerance, result)
 
 
 def _num_looks(tags: frozenset[object]) -> int:

@@ -27,11 +27,13 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
 
     $$\| \nabla f(y) \| \le \mathtt{atol}$$
 
-    at the very point that is returned. If rounding forbids that, a gradient below
-    `atol + rtol * norm(H y)` passes too: one that a relative change `rtol` of `y` would
-    cause. Then the Hessian's smallest eigenvalue is computed once (dense up to 64
-    unknowns, else by 50 Lanczos steps); if it is negative beyond rounding, the point
-    is reported as a saddle.
+    at the very point that is returned. If rounding forbids that, a point passes too
+    from which the Newton step $-H^{-1} \nabla f$ promises no more than rounding can
+    hide, of the objective or of `y`, or no more than a relative change `rtol` of `y`.
+    A gradient below `atol` does not pass where that step is long and the objective
+    would fall by more than rounding. The Hessian is looked at once (dense up to 64
+    unknowns, else by 50 Lanczos steps); if its smallest eigenvalue is negative beyond
+    rounding, the point is reported as a saddle.
 
     The steps contain `while` loops: derivatives come from the implicit function theorem
     or forward mode; for reverse mode through the steps name `optimistix.BFGS`.
@@ -46,8 +48,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     - `search_steps`: the largest number of quasi-Newton steps before Newton-CG.
 
     **Returns:** in `stats`, `result` (a finer [`eqximplicit.RESULTS`][]:
-    `saddle_point`, `unattainable_tolerance`, `nonfinite_start`), `min_curvature` (NaN
-    if the solve ended before) and `num_polish_steps`.
+    `saddle_point`, `flat_objective`, `unattainable_tolerance`, `nonfinite_start`),
+    `min_curvature` (NaN if the solve ended before) and `num_polish_steps`.
 
     **Raises:**
 
