@@ -57,7 +57,7 @@ class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedStat
     atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[Any], Scalar] = optx.max_norm
     dense_size: int = 300
-    search_steps: int = 150
+    search_steps: int = 400
 
     def __check_init__(self) -> None:
         check_tolerances("AutoLeastSquares", self.rtol, self.atol)
