@@ -144,7 +144,7 @@ def test_closed_forms_of_small_states_are_right_inside_shard_map(report):
 
 
 def test_default_minima_and_their_gradients_are_right_inside_shard_map(report):
-    assert len(report["extrema"]) == 6
+    assert len(report["extrema"]) == 4
     assert max(report["extrema"]) < 1e-6  # the solves run to 1e-8
 
 

@@ -72,7 +72,7 @@ def _matrix_free(hvp: Hvp, y: Any, gradient: Any, num_steps: int) -> Outlook:
     noise, dtype = random_like(y), vs.real_dtype(y)
     starts = jtu.tree_map(lambda a, b: jnp.stack([a, b]), noise, gradient)
     # The tridiagonal matrix that starts from the gradient has it along its first axis.
-    any_start, from_gradient = lax.map(lambda v: lanczos(hvp, v, num_steps), starts)
+    any_start, from_gradient = jax.vmap(lambda v: lanczos(hvp, v, num_steps))(starts)
     first = jnp.zeros(num_steps, dtype).at[0].set(vs.length(gradient, dtype))
     change = jtu.tree_map(lax.mul, y, noise)
     sensitivity = jnp.abs(vs.dot(change, hvp(change), dtype)) / 2

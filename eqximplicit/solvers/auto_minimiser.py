@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Scalar
 
@@ -22,8 +23,10 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
 
     It runs optimistix's `BFGS` (up to `dense_size` unknowns), `LBFGS` (above, or
     `NonlinearCG` for a dtype that this one does not take, and inside `jax.shard_map`,
-    where neither runs), and no quasi-Newton phase at all for leaves of several dtypes.
-    Where that stops, trust-region Newton-CG goes on until
+    where neither runs), and no quasi-Newton phase at all for leaves of several dtypes,
+    nor where the condition has `lineax.positive_semidefinite_tag`: Newton's steps are
+    good ones wherever the objective is convex. Where that stops, trust-region Newton-CG
+    goes on until
 
     $$\| \nabla f(y) \| \le \mathtt{atol}$$
 
@@ -76,10 +79,12 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     def __check_init__(self) -> None:
         check_tolerances("AutoMinimiser", self.rtol, self.atol)
 
-    def _driver(self, y: Y) -> VerifiedDescent:
+    def _driver(self, y: Y, tags: frozenset[object]) -> VerifiedDescent:
         rtol = or_default(self.rtol, y)
+        convex = lx.positive_semidefinite_tag in tags
+        search = _by_size(y, self.dense_size, max(rtol, SEARCH_TOL))
         return VerifiedDescent(
-            search=_by_size(y, self.dense_size, max(rtol, SEARCH_TOL)),
+            search=None if convex else search,
             objective=lambda value: value,
             search_steps=self.search_steps,
             rtol=rtol,
@@ -100,7 +105,7 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
         """Returns the state of the first phase at `y`."""
         refuse_complex("AutoMinimiser", y)
         problem = Problem(fn, args, options, tags)
-        return self._driver(y).init(problem, y, f_struct, aux_struct)
+        return self._driver(y, tags).init(problem, y, f_struct, aux_struct)
 
     def step(
         self,
@@ -113,7 +118,7 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     ) -> tuple[Y, VerifiedState, Aux]:
         """Returns the next point, by the phase that the solve is in."""
         problem = Problem(fn, args, options, tags)
-        return self._driver(y).step(problem, y, state)
+        return self._driver(y, tags).step(problem, y, state)
 
     def terminate(
         self,
@@ -125,8 +130,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Returns whether the point has been judged, and how."""
-        del fn, args, options, tags
-        return self._driver(y).terminate(state)
+        del fn, args, options
+        return self._driver(y, tags).terminate(state)
 
     def postprocess(
         self,
@@ -140,8 +145,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
         result: optx.RESULTS,
     ) -> tuple[Y, Aux, dict[str, Any]]:
         """Returns `y` and the verdict in `stats`."""
-        del fn, args, options, tags
-        return y, aux, self._driver(y).stats(state, result)
+        del fn, args, options
+        return y, aux, self._driver(y, tags).stats(state, result)
 
 
 def _by_size(
