@@ -31,6 +31,9 @@ LONGEST = 4.0
 # greater one adds to the delay, at most this much each: one bad step is an accident, a
 # second one in a row is too much.
 RATE, ANDERSON_RATE, LATE, TOO_LATE = 0.5, 0.3, 1.3, 1.4
+# Growth of the residual that may be an accident of an Anderson step; of a plain one,
+# as the first one is, none is.
+GROWTH = 2.0
 
 
 class Progress(eqx.Module):
@@ -45,16 +48,17 @@ class Progress(eqx.Module):
 
     @property
     def contracts(self) -> Array:
-        good = (self.error <= self.before) & (self.delay <= TOO_LATE)
-        return (self.error > 0) & good
+        return (self.error > 0) & (self.delay <= TOO_LATE)
 
     def solved(self, target: float) -> Array:
         # |r| / (1 - rate) < target, with the rate |r| / |r before|; no division.
         slack = target * (self.before - self.error)
         return (self.error == 0) | (self.error * self.before < slack)
 
-    def after(self, error: Array, rate: float) -> "Progress":
+    def after(self, error: Array, rate: float, growth: float) -> "Progress":
         late = jnp.minimum(error / (rate * self.error), LATE)
+        most = where(self.steps > 1, growth, 1.0) * self.error
+        late = where(error <= most, late, jnp.inf)
         delay = jnp.maximum(self.delay * late, 1)
         return Progress(self.error, error, delay, self.steps + 1, self.near, self.far)
 
@@ -74,7 +78,7 @@ class Progress(eqx.Module):
         scale = where(two, det, p.near_near)
         known = two | ((self.steps > 1) & (jnp.abs(near) < LONGEST * scale))
         scale = where(known, scale, jnp.inf)
-        delay = where(self.steps > 2, self.delay, 1)
+        delay = where((self.steps > 2) | ~(self.delay < jnp.inf), self.delay, 1)
         steps, before = self.steps, self.before
         return Progress(before, self.error, delay, steps, near / scale, far / scale)
 
@@ -114,7 +118,9 @@ class Latest(eqx.Module):
         """Returns the record, and the packed progress, with one evaluation more."""
         known = (unpacked(Progress, numbers), tolerance.measure(residual, y))
         progress, error = widened(known, numbers)
-        return Latest(y, residual), packed(progress.after(error, RATE), numbers.dtype)
+        return Latest(y, residual), packed(
+            progress.after(error, RATE, 1.0), numbers.dtype
+        )
 
 
 class Several(eqx.Module):
@@ -152,7 +158,7 @@ class Several(eqx.Module):
         measures = _measures(tolerance, y, residual, *changes)
         known = (unpacked(Progress, numbers), measures)
         progress, (error, products) = widened(known, numbers)
-        progress = progress.after(error, ANDERSON_RATE)
+        progress = progress.after(error, ANDERSON_RATE, GROWTH)
         progress = progress.turned(products, vs.resolution(y))
         stack = jtu.tree_map(_pushed, self.stack, y, residual)
         return Several(stack), packed(progress, numbers.dtype)
