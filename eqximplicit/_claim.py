@@ -52,10 +52,12 @@ def is_saddle(
 
 
 def is_rounding(
-    residual: Callable[[Any], PyTree[Array]], y: PyTree[Array], eps: float
+    residual: Callable[[Any], PyTree[Array]],
+    y: PyTree[Array],
+    left: PyTree[Array],
+    eps: float,
 ) -> Bool[Array, ""]:
-    """Whether roundings of `y` move the residual by as much as is left of it."""
+    """Whether roundings of `y` move the residual by as much as is `left` of it."""
     moved = residual(jtu.tree_map(lambda x: x * (1 + eps), y))
-    left = residual(y)
     change = jtu.tree_map(lambda a, b: a - b, moved, left)
     return max_abs(left) <= ROUNDINGS * max_abs(change)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from equinox import AbstractVar
+from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
-from ._cost import num_operations
 from ._coupling import coupled_axes
 from ._custom_types import PyTree
 from ._state import (
@@ -103,9 +103,8 @@ class _Hoisted(eqx.Module):
         return cast(Any, self.fn).out_struct
 
     @property
-    def num_operations(self) -> float:
-        """About how many additions a call costs."""
-        return num_operations(cast(Any, self.fn).jaxpr)
+    def jaxpr(self) -> Jaxpr:
+        return cast(Any, self.fn).jaxpr
 
 
 def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Condition:
@@ -148,9 +147,9 @@ def out_struct(hoisted: AbstractCondition[Any, Any]) -> tuple[Any, Any]:
     return cast(_Hoisted, hoisted.fn).out_struct
 
 
-def cost(hoisted: AbstractCondition[Any, Any]) -> float:
-    """About how many additions a call of the function of a hoisted condition costs."""
-    return cast(_Hoisted, hoisted.fn).num_operations
+def jaxpr(hoisted: AbstractCondition[Any, Any]) -> Jaxpr:
+    """The jaxpr of the function of a hoisted condition."""
+    return cast(_Hoisted, hoisted.fn).jaxpr
 
 
 def _as_array(leaf: object) -> Array:

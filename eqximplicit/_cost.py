@@ -23,9 +23,10 @@ _PER_ENTRY, _PER_CUBE = 10.0, 10.0
 
 
 def num_operations(jaxpr: Jaxpr) -> float:
-    """About how many additions a run costs; infinite where a loop has no known end.
+    """About how many additions a run costs; infinite where that is not known.
 
-    So it is for a call of the host.
+    So it is for a loop without a known end, a call of the host, and any other equation
+    that holds functions and is no plain call.
     """
     return math.fsum(map(_of_equation, jaxpr.eqns))
 

@@ -276,12 +276,13 @@ def _diagnosed(solve: Solve, outcome: Outcome) -> Outcome:
     result = where_result(broken, RESULTS.nonfinite, result)
     condition = hoist(solve.condition, outcome.y, solve.args, outcome.aux)
     residual = lambda y: condition.residual(y, solve.args, outcome.aux)
-    norm = max_abs(stop_gradient(residual(outcome.y)))
+    left = residual(outcome.y)
+    norm = max_abs(stop_gradient(left))
     eps = coarse_epsilon(outcome.y)
     if eps is not None:  # of which the solver has seen nothing
-        stuck = (result == RESULTS.local_minimum) & is_rounding(
-            residual, stop_gradient(outcome.y), eps
-        )
+        y, left = stop_gradient((outcome.y, left))
+        stuck = result == RESULTS.local_minimum
+        stuck = stuck & is_rounding(residual, y, left, eps)
         result = where_result(stuck, RESULTS.unattainable_tolerance, result)
     stats = {**outcome.stats, "residual_norm": norm}
     return Outcome(outcome.y, outcome.aux, result, outcome.trusted, stats)

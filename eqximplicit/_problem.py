@@ -23,14 +23,15 @@ from jaxtyping import Array
 
 from ._condition import (
     AbstractCondition,
-    cost,
     FixedPoint,
     half_sum_of_squares,
+    jaxpr,
     LeastSquares,
     Minimum,
     out_struct,
     Root,
 )
+from ._cost import num_operations
 from ._custom_types import PyTree, ShapeDtypeStruct
 from ._state import from_real, real_dtype, retree, struct_of, to_real
 
@@ -80,9 +81,9 @@ class IteratedFn(eqx.Module):
         return out, (residual, eqx.filter(aux, eqx.is_array))
 
     @property
-    def cost(self) -> float:
+    def num_operations(self) -> float:
         """About how many additions a call costs."""
-        return cost(self.condition)
+        return num_operations(jaxpr(self.condition))
 
     def whole_aux(self, arrays: Any) -> Any:
         """The auxiliary output of the function, of which `arrays` are the arrays."""

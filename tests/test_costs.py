@@ -88,7 +88,7 @@ def test_a_branch_not_taken_holds_few_masks():
 FREE = "parameter|constant|tuple|get-tuple-element|bitcast"
 
 
-@pytest.mark.parametrize("n", [10, 100], ids=["secant", "plain"])
+@pytest.mark.parametrize("n", [10, 100], ids=["Anderson", "plain"])
 def test_the_loop_of_the_opening_is_short(n):
     program = default_program(n)
     (body,) = re.findall(

@@ -7,6 +7,7 @@ prints the energy, and a run of its own loop took 18 757 steps to a force of 1e-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
@@ -450,3 +451,15 @@ def test_cluster_that_is_not_quite_at_rest_has_its_derivative(shape):
     size = lambda sigma: jnp.sum(pair_distances(layer(y0, sigma)))
     value, slope = jax.jit(jax.value_and_grad(size))(1.1)
     np.testing.assert_allclose(slope, value / 1.1, rtol=1e-7)
+
+
+@pytest.mark.parametrize("n", [3, 400])
+def test_a_convex_minimum_is_found_by_newton_steps_alone(n):
+    fn = lambda y, a: jnp.sum(jnp.cosh(y - a)) + jnp.sum((y - a) ** 4)
+    target = jnp.linspace(-1.0, 1.0, n)
+    convex = eqi.Minimum(fn, tags=lx.positive_semidefinite_tag)
+    for condition, alone in ((convex, True), (eqi.Minimum(fn), False)):
+        found = eqi.ImplicitFunction(condition).solve(jnp.zeros(n), target)
+        np.testing.assert_allclose(found.value, target, atol=1e-8)
+        stats = found.stats
+        assert (int(stats["num_steps"]) == int(stats["num_polish_steps"])) == alone

@@ -9,6 +9,7 @@ import pytest
 from fixed_point_maps import MAPS, SCIPY
 
 import eqximplicit as eqi
+from eqximplicit.solvers._fixed_point_record import ACCIDENT, Progress
 
 # What the opening costs at most on the fourteen maps, in evaluations: a step of it is
 # much cheaper than one of the solver.
@@ -49,6 +50,19 @@ def test_two_numbers_are_solved_by_two_secants():
     exact = np.linalg.solve(np.eye(2) - matrix, [1.0, 2.0])
     np.testing.assert_allclose(solution.value, exact, rtol=1e-12)
     assert int(solution.stats["num_steps"]) <= 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "growth", "goes_on"),
+    [(3, 1.5, True), (3, 2.5, False), (1, 1.5, False), (3, np.nan, False)],
+)
+def test_an_anderson_step_may_once_let_the_residual_grow(steps, growth, goes_on):
+    one = jnp.array(1.0)
+    progress = Progress(one, one, one, jnp.array(float(steps)), one, one)
+    later = progress.after(jnp.array(growth), 0.3, ACCIDENT)
+    assert bool(later.contracts) == goes_on
+    assert not later.after(later.error * 1.5, 0.3, ACCIDENT).contracts
+    assert not progress.after(jnp.array(growth), 0.5, 1.0).contracts  # a plain one
 
 
 def occupied(rho, coupling):
@@ -110,8 +124,9 @@ def test_a_slow_rotation_is_solved_with_patience():
 
 
 def test_the_result_is_a_digit_better_than_the_tolerance():
+    # Of plain steps: in fewer numbers two evaluations more would be exact.
     fn = lambda y, a: 0.3 * y + a
-    solution = eqi.fixed_point(fn, jnp.zeros(3), 1.0)
+    solution = eqi.fixed_point(fn, jnp.zeros(100), 1.0)
     np.testing.assert_allclose(solution.value, 1 / 0.7, rtol=2e-9)
 
 

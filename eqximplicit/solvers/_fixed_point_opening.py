@@ -12,15 +12,18 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._packed import unpacked
+from .._problem import IteratedFn
 from . import _vector_space as vs
 from ._fixed_point_record import at_start, begun, Latest, Progress, Record
-from ._opening import Fn, Opened
+from ._opening import Opened
 from ._verdict import Tolerance
 
 # In additions: a step of the robust solver costs that of a small state some 5 us more.
 DEAR = 1e4
 # Plain steps go for one digit beyond the tolerance, unless that is so many roundings.
 DIGIT, ROUNDINGS = 0.1, 16.0
+# Anderson steps go for this part of it: their residuals shrink less evenly.
+PART = 0.3
 
 
 class Iterates(eqx.Module):
@@ -42,7 +45,7 @@ class Iterates(eqx.Module):
 
 
 def opening(
-    fn: Fn,
+    fn: IteratedFn,
     y: PyTree[Array],
     args: Any,
     aux: Any,
@@ -58,9 +61,9 @@ def opening(
     """
     record = begun(tolerance, y)
     plain = isinstance(record, Latest)
-    if not plain and fn.cost > DEAR:
+    if not plain and fn.num_operations > DEAR:
         return None
-    target = _target(tolerance, vs.resolution(y)) if plain else 0.3
+    target = _target(tolerance, vs.resolution(y)) if plain else PART
 
     def unfinished(c: Iterates) -> Bool[Array, ""]:
         wanted = c.progress.contracts & ~c.progress.solved(target)
@@ -70,7 +73,7 @@ def opening(
         ahead = c.record.ahead(c.progress)
         image, aux = fn(ahead, args)
         residual = vs.minus(image, ahead)
-        record, numbers = c.record.followed(tolerance, ahead, residual, c.numbers)
+        record, numbers = c.record.followed(tolerance, (ahead, residual), c.numbers)
         return Iterates(y, record, c.aux, aux, numbers)
 
     first = Iterates(y, record, aux, aux, at_start(vs.real_dtype(y)))

@@ -33,7 +33,11 @@ LONGEST = 4.0
 RATE, ANDERSON_RATE, LATE, TOO_LATE = 0.5, 0.3, 1.3, 1.4
 # Growth of the residual that may be an accident of an Anderson step; of a plain one,
 # as the first one is, none is.
-GROWTH = 2.0
+ACCIDENT = 2.0
+
+
+Point = tuple[PyTree[Array], PyTree[Array]]  # and the residual there
+Numbers = Float[Array, " numbers"]
 
 
 class Progress(eqx.Module):
@@ -100,7 +104,7 @@ class Latest(eqx.Module):
     residual: PyTree[Array]
 
     @property
-    def last(self) -> tuple[PyTree[Array], PyTree[Array]]:
+    def last(self) -> Point:
         return self.y, self.residual
 
     def ahead(self, progress: Progress) -> PyTree[Array]:
@@ -109,18 +113,14 @@ class Latest(eqx.Module):
         return vs.plus(self.y, self.residual)
 
     def followed(
-        self,
-        tolerance: Tolerance,
-        y: PyTree[Array],
-        residual: PyTree[Array],
-        numbers: Float[Array, " numbers"],
-    ) -> tuple["Latest", Float[Array, " numbers"]]:
+        self, tolerance: Tolerance, new: Point, numbers: Numbers
+    ) -> tuple["Latest", Numbers]:
         """Returns the record, and the packed progress, with one evaluation more."""
+        y, residual = new
         known = (unpacked(Progress, numbers), tolerance.measure(residual, y))
         progress, error = widened(known, numbers)
-        return Latest(y, residual), packed(
-            progress.after(error, RATE, 1.0), numbers.dtype
-        )
+        progress = progress.after(error, RATE, 1.0)
+        return Latest(y, residual), packed(progress, numbers.dtype)
 
 
 class Several(eqx.Module):
@@ -132,12 +132,12 @@ class Several(eqx.Module):
 
     stack: PyTree[Array]
 
-    def __getitem__(self, age: int) -> tuple[PyTree[Array], PyTree[Array]]:
+    def __getitem__(self, age: int) -> Point:
         y = jtu.tree_map(lambda x: x[age, 0], self.stack)
         return y, jtu.tree_map(lambda x: x[age, 1], self.stack)
 
     @property
-    def last(self) -> tuple[PyTree[Array], PyTree[Array]]:
+    def last(self) -> Point:
         return self[0]
 
     def ahead(self, progress: Progress) -> PyTree[Array]:
@@ -147,18 +147,15 @@ class Several(eqx.Module):
         return vs.add_scaled(out, -progress.far, vs.minus(image, far))
 
     def followed(
-        self,
-        tolerance: Tolerance,
-        y: PyTree[Array],
-        residual: PyTree[Array],
-        numbers: Float[Array, " numbers"],
-    ) -> tuple["Several", Float[Array, " numbers"]]:
+        self, tolerance: Tolerance, new: Point, numbers: Numbers
+    ) -> tuple["Several", Numbers]:
         """Returns the record, and the packed progress, with one evaluation more."""
+        y, residual = new
         changes = (vs.minus(residual, self[age][1]) for age in range(2))
         measures = _measures(tolerance, y, residual, *changes)
         known = (unpacked(Progress, numbers), measures)
         progress, (error, products) = widened(known, numbers)
-        progress = progress.after(error, ANDERSON_RATE, GROWTH)
+        progress = progress.after(error, ANDERSON_RATE, ACCIDENT)
         progress = progress.turned(products, vs.resolution(y))
         stack = jtu.tree_map(_pushed, self.stack, y, residual)
         return Several(stack), packed(progress, numbers.dtype)
@@ -175,7 +172,7 @@ def begun(tolerance: Tolerance, y: PyTree[Array]) -> Record:
     return Several(jtu.tree_map(_pushed, stack, y, vs.zeros_like(y)))
 
 
-def at_start(dtype: Any) -> Float[Array, " numbers"]:
+def at_start(dtype: Any) -> Numbers:
     """Returns the packed progress before the first evaluation."""
     return jnp.asarray([np.inf, np.inf, 1.0, 0.0, 0.0, 0.0], dtype)
 

@@ -5,6 +5,7 @@ so it goes on as if it had taken these steps itself, and no state of it has to b
 up. The evaluations are free: they have been counted.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -16,11 +17,11 @@ from jaxtyping import Array, Bool, Int
 
 from .._solution import Y
 from . import _history as hist, _vector_space as vs
+from ._fixed_point_control import GROWTH
 from ._fixed_point_opening import Iterates
 from ._fixed_point_record import DEPTH, Latest, Several
 
 T = TypeVar("T")
-FAR = 10.0  # a residual this much larger than the one before is no place to go on from
 LONGEST = 4.0  # of Aitken's step, in residuals
 
 
@@ -35,7 +36,8 @@ class Evaluation(eqx.Module, Generic[Y]):
 class Replay(eqx.Module):
     """The last evaluations of an opening, and how many of them are yet to come.
 
-    `alone` is whether there is but the last one; the next point is then the `trial`.
+    `alone` is whether there is but the last one; the next point is then the `trial`,
+    which only plain steps have.
     """
 
     tape: Evaluation[Any]  # of leaves with a leading axis, the newest first
@@ -63,7 +65,7 @@ def _of_several(
     residual = jtu.tree_map(lambda x: x[:, 1], record.stack)
     most = 2 if jtu.tree_leaves(aux) else DEPTH
     tape = Evaluation(y, residual, _both(aux, last_aux))
-    return Replay(tape, record.last[0], jnp.array(False), jnp.minimum(steps, most))
+    return Replay(tape, None, jnp.array(False), jnp.minimum(steps, most))
 
 
 def _of_plain_steps(record: Latest, seen: Iterates, steps: Int[Array, ""]) -> Replay:
@@ -78,7 +80,7 @@ def _of_plain_steps(record: Latest, seen: Iterates, steps: Int[Array, ""]) -> Re
     first = Evaluation(seen.start, vs.minus(y, seen.start), seen.last_aux)
     tape = _both(Evaluation(y, residual, seen.aux), first)
     alone = steps != 2
-    usable = jnp.isfinite(error) & (~alone | (error <= FAR * before))
+    usable = jnp.isfinite(error) & (~alone | (error <= GROWTH * before))
     left = jnp.where(usable, jnp.where(alone, 1, 2), 0)
     return Replay(tape, trial, alone, left)
 
@@ -105,7 +107,7 @@ def advanced(y: Y, tape: Replay | None) -> tuple[Y, Replay | None]:
     """The next point, which is `y` or the tape's, and the tape after that."""
     if tape is None:
         return y, None
-    trial: Y = tape.trial
-    y = vs.select(tape.alone & (tape.left == 1), trial, y)
-    left = jnp.maximum(tape.left - 1, 0)
-    return y, Replay(tape.tape, tape.trial, tape.alone, left)
+    if tape.trial is not None:
+        trial: Y = tape.trial
+        y = vs.select(tape.alone & (tape.left == 1), trial, y)
+    return y, dataclasses.replace(tape, left=jnp.maximum(tape.left - 1, 0))

@@ -8,7 +8,7 @@ has stopped to converge well.
 """
 
 import abc
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -16,17 +16,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int
 
 from .._custom_types import PyTree
-
-
-@runtime_checkable
-class Fn(Protocol):
-    """A function `(y, args) -> (out, aux)` that knows what a call costs."""
-
-    @property
-    def cost(self) -> float: ...
-
-    def __call__(self, y: Any, args: Any, /) -> tuple[Any, Any]: ...
-
+from .._problem import IteratedFn
 
 # A budget below this is not shared with an opening.
 LEAST_BUDGET = 32
@@ -59,7 +49,12 @@ class AbstractOpening(eqx.Module):
 
     @abc.abstractmethod
     def opening(
-        self, fn: Fn, y: PyTree[Array], args: Any, aux: Any, max_steps: int | None
+        self,
+        fn: IteratedFn,
+        y: PyTree[Array],
+        args: Any,
+        aux: Any,
+        max_steps: int | None,
     ) -> Opened | None:
         """Returns the outcome of the opening, or `None` if this state has none.
 

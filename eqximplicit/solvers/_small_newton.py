@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
 from .._lanes import max_lane
+from .._problem import IteratedFn
 from .._solution import RESULTS, where_result
 from ..linear_solvers import _small as small, AutoLinearSolver, DirectLU
 from . import _vector_space as vs
-from ._opening import Fn, LEAST_BUDGET, Opened
+from ._opening import LEAST_BUDGET, Opened
 from ._root_vector import real_size
 
 # An opening is given so many steps. Near a root it needs five; a step that goes up
@@ -52,7 +53,7 @@ class _Seen(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    fn: Fn
+    fn: IteratedFn
     args: Any
     struct: Any
 
@@ -107,7 +108,7 @@ def _moved(go_on: Array, y: list[Array], move: list[Array]) -> list[Array]:
 
 
 def newton_opening(
-    fn: Fn, y: PyTree[Array], args: Any, aux: Any, atol: float
+    fn: IteratedFn, y: PyTree[Array], args: Any, aux: Any, atol: float
 ) -> Opened:
     """Newton's method until every entry of the residual *at* `y` is within `atol`."""
     problem = _Problem(fn, args, jax.eval_shape(lambda: y))
@@ -157,7 +158,7 @@ class Newtons(NamedTuple):
 
 def small_newton(
     solver: Any,
-    fn: Fn,
+    fn: IteratedFn,
     y: PyTree[Array],
     args: Any,
     aux: Any,

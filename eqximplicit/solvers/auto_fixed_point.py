@@ -177,12 +177,13 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
     ) -> tuple[Y, _State[Y], Aux]:
         """Returns the next trial point, having evaluated `fn` at this one."""
         del options, tags
-        at = evaluated(fn, y, args, state.tape)
+        tape = state.tape
+        at = evaluated(fn, y, args, tape)
         tolerance = self._tolerance(y)
         seen = _evaluate(tolerance, state.points, at)
         state, control = _learn(state, at, seen)
         y, state = _propose(tolerance, state, control)
-        y, tape = advanced(y, state.tape)
+        y, tape = advanced(y, tape)
         return y, dataclasses.replace(state, tape=tape), at.aux
 
     def terminate(
@@ -315,7 +316,6 @@ def _learn(
         explained=state.explained,
         factor=state.factor,
         control=vector,
-        tape=state.tape,
     )
     return state, control
 
@@ -369,6 +369,5 @@ def _propose(
         jax.lax.stop_gradient(explained),
         fit.factor,
         with_proposal(control, proposal, state.control),
-        state.tape,
     )
     return y, state

@@ -34,9 +34,9 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     from which the Newton step $-H^{-1} \nabla f$ promises no more than rounding can
     hide, of the objective or of `y`, or no more than a relative change `rtol` of `y`.
     A gradient below `atol` does not pass where that step is long and the objective
-    would fall by more than rounding. The Hessian is looked at once (dense up to 64
-    unknowns, else by 50 Lanczos steps); if its smallest eigenvalue is negative beyond
-    rounding, the point is reported as a saddle.
+    would fall by more than rounding. The Hessian is looked at there (dense up to 64
+    unknowns, else by 50 Lanczos steps, 12 with that tag); if its smallest eigenvalue is
+    negative beyond rounding, the point is reported as a saddle.
 
     The steps contain `while` loops: derivatives come from the implicit function theorem
     or forward mode; for reverse mode through the steps name `optimistix.BFGS`.
@@ -81,10 +81,11 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
 
     def _driver(self, y: Y, tags: frozenset[object]) -> VerifiedDescent:
         rtol = or_default(self.rtol, y)
-        convex = lx.positive_semidefinite_tag in tags
-        search = _by_size(y, self.dense_size, max(rtol, SEARCH_TOL))
+        search = None
+        if lx.positive_semidefinite_tag not in tags:
+            search = _by_size(y, self.dense_size, max(rtol, SEARCH_TOL))
         return VerifiedDescent(
-            search=None if convex else search,
+            search=search,
             objective=lambda value: value,
             search_steps=self.search_steps,
             rtol=rtol,
