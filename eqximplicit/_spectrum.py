@@ -8,7 +8,7 @@ import numpy as np
 
 from ._finding import Finding, number
 from ._point import flat, Point, shares, SMALL, unflat
-from .linear_solvers.dense import singular_below
+from .linear_solvers._dense import singular_below
 
 Vector = np.ndarray[Any, np.dtype[Any]]
 

@@ -183,7 +183,7 @@ MUTANTS = [
     ),
     Mutant(
         "transposed factors used as they are",
-        "linear_solvers/dense.py",
+        "linear_solvers/direct_lu.py",
         "transposed=not state.transposed",
         "transposed=state.transposed",
         FACTORS,

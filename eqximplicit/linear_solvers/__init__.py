@@ -1,6 +1,7 @@
 from .auto import AutoLinearSolver as AutoLinearSolver, Selection as Selection
 from .checked import Checked as Checked
-from .dense import DirectLU as DirectLU, DirectSymmetric as DirectSymmetric
+from .direct_lu import DirectLU as DirectLU
+from .direct_symmetric import DirectSymmetric as DirectSymmetric
 from .krylov import HybridKrylov as HybridKrylov
 from .least_norm import LeastNorm as LeastNorm
 from .neumann import Neumann as Neumann

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from jaxtyping import Array, Inexact
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-from ._pattern import Structure
+from ._structure import Structure
 
 _MAX_BYTES = 2**31
 _MIN_BLOCK = 16

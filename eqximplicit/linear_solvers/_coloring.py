@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from ._pattern import optional, Structure
+from ._pattern import optional
+from ._structure import Structure
 
 MISSING = (
     "`SparseDirect` needs `{}` for this sparsity pattern ({}). Install it with `pip "

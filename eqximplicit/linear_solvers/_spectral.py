@@ -10,8 +10,8 @@ import lineax as lx
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from ._dense import materialised
 from ._residual import norm, require_real
-from .dense import materialised
 
 Structure = tuple[tuple[jax.ShapeDtypeStruct, ...], Any]
 

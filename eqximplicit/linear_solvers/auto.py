@@ -8,13 +8,16 @@ import lineax as lx
 from jaxtyping import Array
 
 from .._custom_types import PyTree
+from ._dense import MAX_BYTES
 from ._measured import AbstractMeasuredSolver, Measured
-from ._pattern import narrow_structure, Structure
+from ._pattern import narrow_structure
 from ._placed import OnOneDevice
 from ._residual import epsilon, size, structure
 from ._small import is_placed
+from ._structure import Structure
 from .checked import Checked
-from .dense import DirectLU, DirectSymmetric, MAX_BYTES
+from .direct_lu import DirectLU
+from .direct_symmetric import DirectSymmetric
 from .krylov import default_rtol, HybridKrylov
 from .sparse import SparseDirect
 

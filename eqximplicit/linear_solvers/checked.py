@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool
 
 from .._custom_types import LinearSolver, PyTree, ShapeDtypeStruct
 from .._solution import is_successful
+from ._dense import residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import check_bytes, dot, epsilon, minus, norm, structure
-from .dense import residual_limit, singular_below
 
 
 class CheckedState(eqx.Module):

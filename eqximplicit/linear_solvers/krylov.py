@@ -15,6 +15,7 @@ from .._custom_types import LinearSolver, PyTree
 from .._lanes import any_lane
 from .._placement import on_one_device
 from .._state import known
+from ._dense import consistency_limit
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
@@ -37,7 +38,6 @@ from ._residual import (
     where,
     zeros_like,
 )
-from .dense import consistency_limit
 
 # From this many right-hand sides per unknown on, factorising once is the cheaper way.
 MANY = 1 / 8

@@ -9,10 +9,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from .._custom_types import PyTree
+from ._dense import consistency_limit, MAX_BYTES
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import dot, epsilon, norm
 from ._spectral import decompose, lost, SpectralState, Structure, structure_key
-from .dense import consistency_limit, MAX_BYTES
 
 
 class LeastNormState(eqx.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._custom_types import PyTree, ShapeDtypeStruct
 from ._measured import AbstractMeasuredSolver, approximate, Measured
 from ._residual import epsilon, minus, norm, size, structure
-from .dense import pseudo_inverse
+from .direct_symmetric import pseudo_inverse
 
 
 class NystromState(eqx.Module):

@@ -8,10 +8,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from .._custom_types import PyTree
+from ._dense import MAX_BYTES
 from ._measured import AbstractMeasuredSolver, approximate, Measured
 from ._residual import norm
 from ._spectral import decompose, structure_key
-from .dense import MAX_BYTES
 from .least_norm import LeastNormState
 
 

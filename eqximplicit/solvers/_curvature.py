@@ -10,7 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
-from ..linear_solvers.dense import zero_below
+from ..linear_solvers._dense import zero_below
 from . import _vector_space as vs
 
 DENSE_SIZE = 64  # below it, n Hessian products and a dense eigenvalue problem are cheap

@@ -5,18 +5,14 @@ solve is over. The scalars are carried as one vector (`_packed.py`), so the rule
 are elementwise, and hold for scalars as for vectors.
 """
 
-import enum
-from typing import TypeVar
-
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _packed as pk
-from .._packed import changed, packed, settled, where, widened
+from .._packed import changed, settled, where, widened
 from . import _history as hist, _verdict as verdict
+from ._fixed_point_numbers import Control, Ending, Kind, Numbers, pack, Proposal
 
-T = TypeVar("T")
 GROWTH = 10.0  # a residual this much larger than the best is a rejected step
 MIN_MIXING = 0.02  # the smallest mixing that a stiff secant may ask for
 PROGRESS = 0.9  # a step that leaves more of the residual than this has stalled
@@ -27,108 +23,6 @@ PATIENT_STEPS = 100  # of the last resort, plain iteration again, as long as the
 SLOW = 0.9  # leave less than so much of the residual: a rate of 0.999
 MAX_BARREN = 4  # rescues in a row that do not halve the residual
 DECREASE = 1e-4  # Armijo's constant for the Newton-Krylov step
-
-
-class Kind(enum.IntEnum):
-    """What a trial point is."""
-
-    START = 0
-    PLAIN = 1  # mixing alone: no history, or a rejected step to make up for
-    MIXED = 2  # Anderson's
-    RESCUE = 3  # plain iteration from `y0`
-    PROBE = 4  # a finite difference of the residual
-
-
-class Ending(enum.IntEnum):
-    """Whether the solve goes on, and if not, why."""
-
-    NONE = 0
-    CONVERGED = 1
-    NONFINITE_START = 2
-    STUCK = 3
-
-
-class Control(eqx.Module):
-    """The numbers that steer the solve, all of them real. Flags are 0 or 1."""
-
-    # The trial point: what it is for, and the length of the step in its model.
-    kind: Array
-    step_size: Array
-    reach: Array
-    # The steps: `curvature` is the relative model error per distance.
-    mixing: Array
-    size: Array
-    curvature: Array
-    # The errors: `amplification` is the error per residual, and `reference` the merit
-    # that a trial is compared with.
-    amplification: Array
-    reference: Array
-    anchor_merit: Array
-    start_merit: Array
-    best_merit: Array
-    best_residual: Array
-    best_error: Array
-    best_floor: Array
-    # The state machine.
-    num_stalled: Array
-    num_rejected: Array
-    num_plain: Array
-    patient: Array  # whether it has come to the last resort
-    probing: Array
-    newton: Array
-    num_rescues: Array
-    num_barren: Array
-    merit_at_rescue: Array
-    ending: Array
-    # What the last evaluation decided.
-    accepted: Array
-    improved: Array
-    keep: Array
-    slot: Array
-    used: Array
-    newest: Array
-    moved: Array
-    from_start: Array
-    from_best: Array
-
-
-def unpacked(vector: Float[Array, " n"]) -> Control:
-    """The control of which `vector` is packed."""
-    return pk.unpacked(Control, vector)
-
-
-def pack(control: Control) -> Float[Array, " n"]:
-    """The control as one vector."""
-    return packed(control, control.size.dtype)
-
-
-class Numbers(eqx.Module):
-    """What an evaluation measures.
-
-    `change` and `distance` are the lengths of the pair that it makes with the anchor;
-    `scaled...` are in units of the tolerance; `floor` is the residual in roundings;
-    `missed` is what the model missed.
-    """
-
-    finite: Array
-    merit: Array
-    change: Array
-    distance: Array
-    scaled: Array
-    scaled_change: Array
-    scaled_distance: Array
-    floor: Array
-    missed: Array
-
-
-def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:
-    """Returns the packed control before the first evaluation."""
-    infinite = (
-        "reference", "anchor_merit", "start_merit", "best_merit", "best_residual",
-        "best_error", "best_floor", "merit_at_rescue",
-    )  # fmt: skip
-    unit = ("step_size", "mixing", "size", "amplification")
-    return pk.constant(Control, infinite, unit, dtype)
 
 
 def _judged(control: Control, seen: Numbers) -> Control:
@@ -300,21 +194,6 @@ def after(
     turn = hist.turn(control.used, control.newest, window, control.keep > 0, forget)
     control = changed(control, slot=turn.slot, used=turn.used, newest=turn.newest)
     return settled(pack(_next_trial(control, window)), vector)
-
-
-class Proposal(eqx.Module):
-    """What the model says about the next trial point.
-
-    **Attributes:**
-
-    - `new`: whether a probe leads in a new direction.
-    - `error`: the full step of the model, in units of the tolerance.
-    - `reach`: how far away the pairs are that it rests on.
-    """
-
-    new: Array
-    error: Array
-    reach: Array
 
 
 def with_proposal(

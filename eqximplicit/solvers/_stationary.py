@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..linear_solvers.dense import zero_below
+from ..linear_solvers._dense import zero_below
 from . import _vector_space as vs
 from ._curvature import DENSE_SIZE, hessian_matrix, Hvp, lanczos, random_like
 

@@ -9,65 +9,22 @@ callback to the host, is solved too.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, Scalar
+from jaxtyping import Array, Bool, Int, Scalar
 
-from .._reduce import total
 from .._solution import Aux, RESULTS, Y
-from . import _history as hist, _vector_space as vs, _verdict as verdict
-from ._fixed_point_control import (
-    after,
-    at_start,
-    Control,
-    Ending,
-    Kind,
-    Numbers,
-    Proposal,
-    unpacked,
-    with_proposal,
-)
+from . import _vector_space as vs, _verdict as verdict
+from ._fixed_point_numbers import Ending, unpacked
 from ._fixed_point_opening import opening
-from ._fixed_point_replay import advanced, evaluated, Evaluation, Replay, replay
+from ._fixed_point_replay import advanced, evaluated, replay
+from ._fixed_point_step import begun, best_of, learnt, proposed, seen_at, State
 from ._opening import AbstractOpening, Opened
 
 
-class _Points(eqx.Module, Generic[Y]):
-    """The anchor, the best point and the start: states and their residuals.
-
-    Leaves have a leading axis of length 6, in this order.
-    """
-
-    stack: Y
-
-    def __getitem__(self, row: int) -> Y:
-        return jtu.tree_map(lambda x: x[row], self.stack)
-
-
-class _State(eqx.Module, Generic[Y]):
-    points: _Points[Y]
-    best_aux: Any
-    history: hist.History[Y]
-    explained: Float[Array, " slots"]
-    factor: Float[Array, "slots slots"]
-    control: Float[Array, " n"]
-    tape: Replay | None = None
-
-
-class _Seen(eqx.Module, Generic[Y]):
-    """An evaluation: the residual, and the pair with the anchor."""
-
-    residual: Y
-    pair: hist.Pair[Y]
-    numbers: Numbers
-
-
-class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
+class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, State[Y]]):
     r"""The default fixed-point solver: a safeguarded combination of three methods.
 
     A step is one evaluation of `fn`. A layer opens with a loop that costs much less, as
@@ -149,22 +106,14 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
         f_struct: Any,
         aux_struct: Any,
         tags: frozenset[object],
-    ) -> _State[Y]:
+    ) -> State[Y]:
         """Returns the state before the first evaluation, which is at `y`."""
         del fn, args, f_struct, tags
         verdict.check_budget("AutoFixedPoint", self.window, options)
         verdict.warn_if_unreachable(
             "AutoFixedPoint", self.rtol, self.atol, vs.resolution(y)
         )
-        history, zero = hist.empty(y, self.window), vs.zeros_like(y)
-        return _State(
-            points=_points(y, zero, y, zero, y, zero),
-            best_aux=vs.zeros_like(aux_struct),
-            history=history,
-            explained=jnp.zeros_like(history.distance),
-            factor=jnp.eye(history.window + 1, dtype=history.gram.dtype),
-            control=at_start(vs.real_dtype(y)),
-        )
+        return begun(y, vs.zeros_like(aux_struct), self.window)
 
     def step(
         self,
@@ -172,17 +121,17 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
         y: Y,
         args: Any,
         options: dict[str, Any],
-        state: _State[Y],
+        state: State[Y],
         tags: frozenset[object],
-    ) -> tuple[Y, _State[Y], Aux]:
+    ) -> tuple[Y, State[Y], Aux]:
         """Returns the next trial point, having evaluated `fn` at this one."""
         del options, tags
         tape = state.tape
         at = evaluated(fn, y, args, tape)
         tolerance = self._tolerance(y)
-        seen = _evaluate(tolerance, state.points, at)
-        state, control = _learn(state, at, seen)
-        y, state = _propose(tolerance, state, control)
+        seen = seen_at(tolerance, state.points, at)
+        state, control = learnt(state, at, seen)
+        y, state = proposed(tolerance, state, control)
         y, tape = advanced(y, tape)
         return y, dataclasses.replace(state, tape=tape), at.aux
 
@@ -192,13 +141,13 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
         y: Y,
         args: Any,
         options: dict[str, Any],
-        state: _State[Y],
+        state: State[Y],
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Returns whether the best point is good enough, or cannot be improved."""
         del fn, y, args, options, tags
         ending = unpacked(state.control).ending
-        stuck = verdict.coarse(verdict.why_stuck(_best(state)))
+        stuck = verdict.coarse(verdict.why_stuck(best_of(state)))
         started = ending != int(Ending.NONFINITE_START)
         result = optx.RESULTS.where(started, stuck, optx.RESULTS.nonfinite)
         fine = ending < int(Ending.NONFINITE_START)
@@ -212,21 +161,21 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
         aux: Aux,
         args: Any,
         options: dict[str, Any],
-        state: _State[Y],
+        state: State[Y],
         tags: frozenset[object],
         result: optx.RESULTS,
     ) -> tuple[Y, Aux, dict[str, Any]]:
         """Returns the best point with its auxiliary output, and the verdict."""
         del fn, y, aux, args, options, tags
-        best, control = _best(state), unpacked(state.control)
-        stuck = verdict.why_stuck(best)
+        found, control = best_of(state), unpacked(state.control)
+        stuck = verdict.why_stuck(found)
         started = control.ending != int(Ending.NONFINITE_START)
         reason = RESULTS.where(started, stuck, RESULTS.nonfinite_start)
         fine = control.ending < int(Ending.NONFINITE_START)
         reason = RESULTS.where(fine, RESULTS.successful, reason)
-        stats = verdict.statistics(best, reason, result)
+        stats = verdict.statistics(found, reason, result)
         stats["num_rescues"] = control.num_rescues.astype(jnp.int32)
-        return best.point.y, best.aux, stats
+        return found.point.y, found.aux, stats
 
     def opening(
         self, fn: Any, y: Any, args: Any, aux: Any, max_steps: int | None
@@ -241,133 +190,3 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, _Sta
 
     def _tolerance(self, y: Y) -> verdict.Tolerance:
         return verdict.tolerance(self.rtol, self.atol, self.norm, y)
-
-
-def _points(*rows: Y) -> _Points[Y]:
-    return _Points(jtu.tree_map(lambda *leaves: vs.in_one(leaves), *rows))
-
-
-def _best(state: _State[Y]) -> verdict.Best[Y]:
-    control = unpacked(state.control)
-    point = verdict.Point(state.points[2], state.points[3], control.best_merit)
-    return verdict.Best(
-        point,
-        state.best_aux,
-        control.best_residual,
-        control.best_error,
-        control.best_floor,
-    )
-
-
-def _evaluate(
-    tolerance: verdict.Tolerance, points: _Points[Y], at: Evaluation[Y]
-) -> _Seen[Y]:
-    """What the trial point is worth; nothing, if not finite."""
-    y, residual, dtype = at.y, at.residual, vs.real_dtype(at.y)
-    dy, dr = vs.minus(y, points[0]), vs.minus(residual, points[1])
-    merit, far, distance = vs.lengths([residual, dr, dy], dtype)
-    finite = jnp.isfinite(merit + far + distance)
-    zero = vs.zeros_like(y)
-    residual, dr, dy = (vs.select(finite, x, zero) for x in (residual, dr, dy))
-    scaled, change, moved = tolerance.measures([residual, dr, dy], y)
-    pair = hist.Pair(dy, dr, jnp.where(finite, far, 0), jnp.where(finite, distance, 0))
-    floor = verdict.in_roundings(residual, y)
-    numbers = Numbers(
-        finite, merit, pair.change, pair.distance, scaled, change, moved, floor, merit
-    )
-    return _Seen(residual, pair, numbers)
-
-
-def _learn(
-    state: _State[Y], at: Evaluation[Y], seen: _Seen[Y]
-) -> tuple[_State[Y], Control]:
-    """The history, the points and the control, after an evaluation."""
-    history, before = state.history, unpacked(state.control)
-    cross = hist.cross(history, seen.pair)
-    # What the model missed in the directions of the pairs that it used.
-    missed = jnp.where(history.filled, cross / history.lengths, 0)
-    missed = missed + before.step_size * state.explained
-    missed = hist.half_solve(state.factor, missed)
-    missed = jnp.sqrt(total(missed**2))
-
-    numbers = dataclasses.replace(seen.numbers, missed=missed)
-    vector = after(before, numbers, history.window, state.control)
-
-    control = unpacked(vector)
-    accepted, improved = control.accepted > 0, control.improved > 0
-    from_start, from_best = control.from_start > 0, control.from_best > 0
-    first = before.kind == int(Kind.START)
-    turn = hist.Turn(control.slot, control.used, control.newest)
-    history = hist.push(history, seen.pair, cross, turn, control.moved)
-
-    def rows(new: Y, offset: int) -> tuple[Y, Y, Y]:
-        points = state.points
-        best = vs.select(improved, new, points[2 + offset])
-        start = vs.select(first, new, points[4 + offset])
-        anchor = vs.select(accepted, new, points[offset])
-        anchor = vs.select(from_best, best, vs.select(from_start, start, anchor))
-        return anchor, best, start
-
-    where, what = rows(at.y, 0), rows(seen.residual, 1)
-    state = _State(
-        points=_points(where[0], what[0], where[1], what[1], where[2], what[2]),
-        best_aux=vs.select(improved, at.aux, state.best_aux),
-        history=history,
-        explained=state.explained,
-        factor=state.factor,
-        control=vector,
-    )
-    return state, control
-
-
-def _propose(
-    tolerance: verdict.Tolerance, state: _State[Y], control: Control
-) -> tuple[Y, _State[Y]]:
-    r"""The next trial point, and the end if the best point is good enough.
-
-    A probe fits the newest change of the residual instead of the residual, in the
-    other changes. What is left is the next direction of the Krylov space: the
-    residual and these directions are the basis of H. Walker and L. Zhou, *A simpler
-    GMRES*, Numer. Linear Algebra Appl. 1 (1994).
-    """
-    history = state.history
-    anchor, residual = state.points[0], state.points[1]
-    dtype, eps = control.size.dtype, vs.resolution(anchor)
-    probing, mixed = (control.kind == int(k) for k in (Kind.PROBE, Kind.MIXED))
-
-    later = probing & (history.used > 0)
-    target = vs.select(
-        later, hist.take(history.dr, history.newest.astype(jnp.int32)), residual
-    )
-    filled = history.filled & ~(probing & (history.slots == history.newest))
-    penalty = jnp.minimum((control.curvature * history.distance) ** 2, 1)
-    fit = hist.fit(history, target, jnp.where(probing, 0, penalty), filled)
-    reach = jnp.sqrt(total((fit.weights * history.distance) ** 2))
-    explained = jnp.where(filled, fit.explained, 0)
-
-    back = hist.combine(fit.coefficients, history.dy)
-    full = vs.minus(vs.scaled(control.mixing, fit.rest), back)
-    whole, left, far, taken = vs.lengths([target, fit.rest, anchor, full], dtype)
-    new = left > eps**0.25 * whole
-    length = eps**0.5 * (1 + far) / jnp.where(left > 0, left, 1)
-    simple = jnp.where(control.num_plain > 0, 1, control.mixing) * control.step_size
-    finite = jnp.isfinite(taken)
-
-    y = vs.add_scaled(anchor, jnp.where(mixed | probing, 0, simple), residual)
-    size = jnp.where(mixed & finite, control.step_size, 0)
-    length = jnp.where(probing & jnp.isfinite(length), length, 0)
-    step = vs.select(mixed, full, jax.lax.stop_gradient(fit.rest))
-    step = vs.select(finite, step, vs.zeros_like(step))
-    y = vs.add_scaled(y, size + length, step)
-
-    (error,) = tolerance.measures([full], anchor)
-    proposal = Proposal(new, error, jax.lax.stop_gradient(reach))
-    state = _State(
-        state.points,
-        state.best_aux,
-        history,
-        jax.lax.stop_gradient(explained),
-        fit.factor,
-        with_proposal(control, proposal, state.control),
-    )
-    return y, state

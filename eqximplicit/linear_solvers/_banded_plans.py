@@ -1,0 +1,153 @@
+"""Plans for diagonal and tridiagonal matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Inexact
+
+from .._state import every
+from ._coloring import bands, colour
+from ._plan import (
+    AbstractPlan,
+    eps_power,
+    generic_vector,
+    is_trusted,
+    or_one,
+    peaks,
+    Solved,
+)
+from ._structure import Structure
+
+
+class DiagonalPlan(AbstractPlan):
+    """Diagonal matrices: entries of shape `(n,)`."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self.colouring = colour(structure)
+
+    def read(self, products: Inexact[Array, "1 n"]) -> Inexact[Array, " n"]:
+        return products[0]
+
+    def agrees(
+        self, values: Inexact[Array, " n"], probe: np.ndarray, image: Array, rtol: float
+    ) -> Bool[Array, ""]:
+        seen = values * jnp.asarray(probe.astype(values.dtype))
+        return every(jnp.abs(seen - image) <= rtol * jnp.abs(seen))
+
+    def solve(
+        self, values: Inexact[Array, " n"], b: Inexact[Array, " n"], transposed: bool
+    ) -> Solved:
+        del transposed
+        x = b / values
+        trusted = every((values != 0) & jnp.isfinite(values) & jnp.isfinite(x))
+        return Solved(x, trusted, peaks(values * x - b), jnp.ones_like(peaks(b)))
+
+
+_Bands = tuple[Inexact[Array, " n"], Inexact[Array, " n"], Inexact[Array, " n"]]
+
+
+def _flip(values: _Bands) -> _Bands:
+    """The three diagonals of the transpose, indexed by row."""
+    lower, middle, upper = values
+    return jnp.pad(upper[:-1], (1, 0)), middle, jnp.pad(lower[1:], (0, 1))
+
+
+def _band_solve(values: _Bands, b: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+    return jax.lax.linalg.tridiagonal_solve(*values, b[:, None])[:, 0]
+
+
+def _band_apply(values: _Bands, x: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+    lower, middle, upper = values
+    wide = jnp.pad(x, (1, 1))
+    return lower * wide[:-2] + middle * x + upper * wide[2:]
+
+
+def _row_scale(values: _Bands) -> Float[Array, " n"]:
+    lower, middle, upper = (jnp.abs(v) for v in values)
+    return or_one(jnp.maximum(middle, jnp.maximum(lower, upper)))
+
+
+def _margin(values: _Bands) -> Float[Array, ""]:
+    """How dominant the diagonal is, relative to the largest entry of each row."""
+    lower, middle, upper = (jnp.abs(v) for v in values)
+    return jnp.min((middle - lower - upper) / _row_scale(values))
+
+
+def _is_dominant(values: _Bands) -> Bool[Array, ""]:
+    """Whether `_margin` is above rounding; without a division, which is slow."""
+    lower, middle, upper = (jnp.abs(v) for v in values)
+    return every(middle - lower - upper > eps_power(middle.dtype, 0.5) * middle)
+
+
+class TridiagonalPlan(AbstractPlan):
+    """Tridiagonal matrices: three diagonals of shape `(n,)`, indexed by row.
+
+    By Varah (1975, "A lower bound for the smallest singular value of a matrix"),
+    theorem 1, a dominant diagonal bounds the inverse, by rows or by columns, so that
+    only without it a generic right-hand side has to be solved for too.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self.colouring = colour(structure)
+
+    def read(self, products: Inexact[Array, "count n"]) -> _Bands:
+        lower, upper = self.structure.lower, self.structure.upper
+        found = iter(bands(products, lower, upper))
+        zero = jnp.zeros_like(products[0])
+        first = next(found) if lower else zero
+        return first, next(found), next(found) if upper else zero
+
+    def agrees(
+        self,
+        values: _Bands,
+        probe: np.ndarray,
+        image: Inexact[Array, " n"],
+        rtol: float,
+    ) -> Bool[Array, ""]:
+        wide = np.pad(probe.astype(image.dtype), (1, 1))
+        shifted = (wide[:-2], wide[1:-1], wide[2:])
+        terms = [v * jnp.asarray(s) for v, s in zip(values, shifted, strict=True)]
+        seen, size = sum(terms), sum(jnp.abs(t) for t in terms)
+        return every(jnp.abs(seen - image) <= rtol * size)
+
+    def solve(
+        self, values: _Bands, b: Inexact[Array, " n"], transposed: bool
+    ) -> Solved:
+        flipped = _flip(values)
+        matrix = flipped if transposed else values
+        x = _band_solve(matrix, b)
+        accurate = _small_backward_error(matrix, x, b)
+
+        def dominant() -> tuple[Array, Array]:
+            return accurate, jnp.zeros_like(b[0]).real
+
+        def unsure() -> tuple[Array, Array]:
+            return _examined(matrix, x, b)
+
+        sure = _is_dominant(values) | _is_dominant(flipped)
+        trusted, estimate = jax.lax.cond(sure, dominant, unsure)
+        bound = 1 / jnp.maximum(_margin(values), _margin(flipped))
+        condition = jnp.where(sure, bound, estimate)
+        return Solved(x, trusted, peaks(_band_apply(matrix, x) - b), condition)
+
+
+def _small_backward_error(values: _Bands, x: Array, b: Array) -> Bool[Array, ""]:
+    """Row by row; sharp for a dominant diagonal (Higham, 2002, section 9.6)."""
+    residual = jnp.abs(_band_apply(values, x) - b)
+    lower, middle, upper = (jnp.abs(v) for v in values)
+    size = _band_apply((lower, middle, upper), jnp.abs(x)) + jnp.abs(b)
+    return every(residual <= eps_power(b.dtype, 0.75) * size)
+
+
+def _examined(values: _Bands, x: Array, b: Array) -> tuple[Array, Array]:
+    """Whether to trust the solution `x` of `b`, and the estimated condition."""
+    scale = _row_scale(values).astype(b.dtype)
+    w = jnp.asarray(generic_vector(b.size).astype(b.dtype))
+    scaled = jnp.stack([b / scale, w], axis=1)
+    x = jnp.stack([x, _band_solve(values, w * scale)], axis=1)
+    image = jax.vmap(_band_apply, in_axes=(None, 1), out_axes=1)(values, x)
+    residual = image / scale[:, None] - scaled
+    trusted = every(is_trusted(peaks(residual), peaks(x), peaks(scaled)))
+    return trusted, peaks(x[:, 1]) / peaks(w)

@@ -1,0 +1,63 @@
+"""What the direct solvers share: limits of accuracy, and the matrix of an operator."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float
+
+from ._residual import check_bytes
+from ._small import as_matrix, LARGEST
+
+# A solution keeps about a third of its digits when the condition number is eps^(-2/3).
+# Beyond that a system counts as singular, in every test below. Measured on random
+# matrices of 4..200 rows: what elimination leaves of the last pivot of a singular one
+# is at most 1000 eps in float64 and 250 eps in float32 (2 eps^(2/3): 3e5 and 400 eps).
+MAX_BYTES = 2**30
+# A residual of this many epsilon times the norm of the matrix is rounding of a product
+# of that matrix with a vector of norm one.
+NOISE = 16.0
+
+
+def singular_below(eps: float) -> float:
+    """The relative size below which a pivot or an eigenvalue counts as zero."""
+    return 2 * eps ** (2 / 3)
+
+
+def residual_limit(eps: float) -> float:
+    """The largest relative residual that a direct solve of a regular system leaves."""
+    return eps ** (1 / 3)
+
+
+def consistency_limit(eps: float) -> float:
+    """The largest relative residual of a singular system that counts as solvable."""
+    return eps**0.5
+
+
+def zero_below(n: int, eps: float) -> float:
+    """The size, relative to the largest, of what rounding leaves of an eigenvalue."""
+    # On flat minima of 2 to 1000 unknowns in both precisions at most 0.6 n eps.
+    return NOISE * n * eps
+
+
+def materialised(
+    operator: lx.AbstractLinearOperator, max_bytes: int, who: str
+) -> Float[Array, "m n"]:
+    """The matrix of an operator, columns and rows in the order of its leaves.
+
+    **Raises:** `ValueError`, with the number of bytes, if it has more than `max_bytes`.
+    """
+    check_fits(operator, max_bytes, who)
+    return as_matrix(operator)
+
+
+def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) -> None:
+    """Refuses to materialise a matrix of more than `max_bytes`."""
+    rows, cols = operator.out_size(), operator.in_size()
+    itemsize = jnp.dtype(jax.tree_util.tree_leaves(operator.in_structure())[0].dtype)
+    check_bytes(rows, cols, itemsize.itemsize, max_bytes, who)
+
+
+def matvec(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
+    if matrix.shape[0] <= LARGEST:  # elementwise, so that a batch of them is one loop
+        return jnp.sum(matrix * x[None, :], axis=1)
+    return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,200 @@
+"""A symmetric system: Cholesky, and the pseudo-inverse where that does not exist."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float
+
+from .._custom_types import PyTree
+from .._lanes import any_lane
+from ._dense import (
+    consistency_limit,
+    materialised,
+    matvec,
+    MAX_BYTES,
+    NOISE,
+    residual_limit,
+    singular_below,
+    zero_below,
+)
+from ._measured import AbstractMeasuredSolver, Measured, measured
+from ._residual import dot, epsilon, norm, structure
+from ._small import dense, inverse, LARGEST
+
+
+class SymmetricState(eqx.Module):
+    """A factorised symmetric matrix.
+
+    `factor` is the Cholesky factor where `regular` (the inverse, for `n <= 3`), and the
+    pseudo-inverse elsewhere. `soft` is whether that leaves out an eigenvalue which is
+    not zero to rounding. `sign` is -1 for a matrix tagged negative.
+    """
+
+    matrix: Float[Array, "n n"]
+    factor: Float[Array, "n n"]
+    regular: Bool[Array, ""]
+    soft: Bool[Array, ""]
+    sign: int = eqx.field(static=True)
+
+
+def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n n"]:
+    """The pseudo-inverse of a symmetric matrix, by its eigenvectors."""
+    return _pseudo_inverse(matrix, rcond, rcond)[0]
+
+
+def _pseudo_inverse(
+    matrix: Float[Array, "n n"], rcond: float, zero: float
+) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
+    # And whether an eigenvalue between `zero` and `rcond` of the largest was left out.
+    values, vectors = jnp.linalg.eigh(matrix)
+    sizes = jnp.abs(values)
+    largest = jnp.max(sizes)
+    keep = sizes > rcond * largest
+    inverse = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+    soft = jnp.any(~keep & (sizes > zero * largest))
+    return (vectors * inverse[None, :]) @ vectors.T, soft
+
+
+class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
+    r"""Cholesky, and the pseudo-inverse where a symmetric matrix is not definite.
+
+    A Hessian that is singular because of a symmetry (a translation of all particles,
+    say) has a solution for a consistent right-hand side; this returns the one of
+    minimum norm. Where the right-hand side is not consistent, that is, where the
+    measured residual exceeds $\sqrt\epsilon\,\lVert b\rVert_2$, the result is
+    `lx.RESULTS.singular`. The eigenvectors, about ten times the cost of Cholesky, are
+    computed only if some lane needs them. Eigenvalues below `rcond` of the largest
+    count as zero: beside a minimum that is not quite reached, flat directions are only
+    nearly flat. What is left out there counts as zero, up to $\sqrt\epsilon$ of the
+    right-hand side.
+
+    **Arguments:**
+
+    - `rcond`: dimensionless; $2\epsilon^{2/3}$ if `None` (7e-11 in float64, 5e-5 in
+        float32).
+    - `max_bytes`: the largest matrix that is materialised, in bytes per lane.
+
+    **Options:**
+
+    - `project`: if true, a right-hand side that is not consistent is projected onto the
+        range of the operator, and the result is that of the least-squares problem.
+    """
+
+    rcond: float | None = None
+    max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
+
+    def init(
+        self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+    ) -> SymmetricState:
+        """Returns the factors of the matrix of `operator`, computed once."""
+        del options
+        eps = epsilon(structure(operator))
+        limit = singular_below(eps)
+        rcond = limit if self.rcond is None else self.rcond
+        if not lx.is_symmetric(operator):
+            raise ValueError(
+                "`DirectSymmetric` needs a symmetric operator; got one without a "
+                "symmetric tag. Pass `tags=lx.symmetric_tag`, or use `DirectLU()`."
+            )
+        sign = -1 if lx.is_negative_semidefinite(operator) else 1
+        matrix = sign * materialised(operator, self.max_bytes, "DirectSymmetric")
+        # A false tag would make reverse mode use the matrix for its transpose.
+        skew, size = jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))
+        tolerance = consistency_limit(eps)
+        matrix = jnp.where(skew <= tolerance * size, matrix, jnp.nan)
+        factor, health = _definite_factor(matrix)
+        # Ten times the limit: the health of a pivot is only an upper bound.
+        regular = health > 10 * max(limit, rcond)
+        zero = rcond if self.rcond is not None else zero_below(len(matrix), eps)
+
+        def by_lane() -> tuple[Array, Array]:
+            pseudo, soft = _pseudo_inverse(matrix, rcond, zero)
+            return jnp.where(regular, factor, pseudo), soft & ~regular
+
+        factor, soft = jax.lax.cond(
+            any_lane(~regular), by_lane, lambda: (factor, ~regular)
+        )
+        return SymmetricState(matrix, factor, regular, soft, sign)
+
+    def answer(
+        self, state: SymmetricState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> Measured:
+        """Returns the solution, its result, and its measured `residual_norm`."""
+        b, unravel = ravel_pytree(vector)
+        x = _apply(state, b)
+        residual, eps = b - matvec(state.matrix, x), epsilon(vector)
+        if options.get("project", False):
+            # What is left must lie in the null space: then x is a least-squares answer.
+            part = matvec(state.matrix, residual) / jnp.linalg.norm(state.matrix)
+            judged = jnp.where(state.regular, residual, part)
+        else:
+            judged = residual
+        rtol, atol = _limits(state, x, eps)
+        return measured(
+            unravel(state.sign * x),
+            dot(judged, judged),
+            dot(b, b),
+            rtol=rtol,
+            atol=atol,
+            residual_norm=norm(residual),
+            singular=~state.regular,
+        )
+
+    def transpose(
+        self, state: SymmetricState, options: dict[str, Any]
+    ) -> tuple[SymmetricState, dict[str, Any]]:
+        """Returns the same state: the matrix is symmetric."""
+        return state, options
+
+    def conj(
+        self, state: SymmetricState, options: dict[str, Any]
+    ) -> tuple[SymmetricState, dict[str, Any]]:
+        """Returns the same state: the matrix is real."""
+        return state, options
+
+    def assume_full_rank(self) -> bool:
+        """Whether a singular operator is a failure: no, if the system is consistent."""
+        return False
+
+
+def _limits(
+    state: SymmetricState, x: Float[Array, " n"], eps: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The largest residual: relative to the right-hand side, and beside that."""
+    regular, soft = state.regular, state.soft
+    rtol = jnp.where(regular, residual_limit(eps), consistency_limit(eps))
+    # Rounding of a product with `x`. In a null space also that of one with a vector of
+    # norm one, for a right-hand side that is itself no more than rounding: the gradient
+    # at a minimum, say, the cotangent of the objective there. In a soft direction that
+    # may be all that there is of a small one.
+    size = jnp.where(soft, jnp.max(jnp.abs(x)), 1)
+    atol = jnp.where(regular, 0, NOISE * eps * size * jnp.linalg.norm(state.matrix))
+    return rtol.astype(x.dtype), atol
+
+
+def _definite_factor(
+    matrix: Float[Array, "n n"],
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    # The health is NaN, and so fails every comparison, if there is no such factor.
+    if matrix.shape[0] <= LARGEST:
+        found = inverse([list(row) for row in matrix])
+        return dense(found.rows), found.determinant / found.terms
+    factor = jnp.linalg.cholesky(matrix)
+    return factor, jnp.min(jnp.diag(factor) ** 2 / jnp.diag(matrix))
+
+
+def _apply(state: SymmetricState, b: Float[Array, " n"]) -> Float[Array, " n"]:
+    if state.factor.shape[0] <= LARGEST:
+        return matvec(state.factor, b)
+
+    def by_cholesky() -> Array:
+        return jax.scipy.linalg.cho_solve((state.factor, True), b)
+
+    def by_lane() -> Array:
+        return jnp.where(state.regular, by_cholesky(), matvec(state.factor, b))
+
+    return jax.lax.cond(any_lane(~state.regular), by_lane, by_cholesky)
