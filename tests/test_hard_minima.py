@@ -101,7 +101,7 @@ def test_no_minimum_is_claimed_where_single_precision_still_sees_a_fall(solve, f
 def test_small_gradient_in_a_soft_direction_is_told_from_a_minimum():
     sol = eqi.minimise(watson, jnp.zeros(12), throw=False)
     assert float(jnp.max(jnp.abs(jax.grad(watson)(sol.value, None)))) <= 1e-8
-    assert float(watson(sol.value, None)) > 5 * 4.72238e-10  # the minimum
+    assert float(watson(sol.value, None)) > 1.1 * 4.72238e-10  # the minimum
     assert bool(sol.result == RESULTS.flat_objective)
 
 
