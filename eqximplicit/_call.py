@@ -1,18 +1,18 @@
 """Running a solver that keeps its own loop: a host solver, or a bare callable."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.core import Tracer
 
+from ._arguments import Arguments
 from ._captured import captured_tracers
 from ._condition import AbstractCondition, FixedPoint, LeastSquares, Minimum
 from ._iterate import Outcome
+from ._pair import check_no_pair, split_pair
 from ._solution import is_successful, RESULTS
 from ._state import (
     all_finite,
@@ -67,28 +67,6 @@ def call_host_solver(
     return Outcome(y, aux, result, jnp.asarray(is_successful(result)), stats)
 
 
-class Arguments(eqx.Module):
-    """What a decorated solver is called with, after its initial guess."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def by_name(self, solver: Callable[..., Any]) -> dict[str, Any]:
-        """The arguments by the names that `solver` gives them, or by their position."""
-        _, *names = _positional(solver) or ["y0"]
-        names += [f"argument {i + 1}" for i in range(len(names), len(self.args))]
-        return dict(zip(names, self.args, strict=False)) | self.kwargs
-
-
-def _positional(solver: Callable[..., Any]) -> list[str]:
-    try:
-        parameters = inspect.signature(solver).parameters.values()
-    except (TypeError, ValueError):  # of a builtin
-        return []
-    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [p.name for p in parameters if p.kind in kinds]
-
-
 def by_name(solver: Any, args: Any) -> dict[str, Any]:
     """The parts of `args` by the names under which the caller has passed them."""
     return args.by_name(solver) if isinstance(args, Arguments) else {"args": args}
@@ -121,15 +99,19 @@ def _not_traceable(
     )
 
 
-def _split(out: Any, has_aux: bool) -> tuple[Any, Any]:
-    if not has_aux:
-        return out, None
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise ValueError(
-            "`has_aux=True` needs a solver that returns a pair `(y, aux)`; got "
-            f"{jtu.tree_structure(out)}. Return a pair or drop `has_aux`."
-        )
-    return out
+def _check_solution(out: Any, y0: Any, has_aux: bool) -> None:
+    """Refuses what is no state, or not shaped as the guess, if that is a state."""
+    guess = as_state(y0) if jtu.tree_leaves(y0) else None
+
+    def check(out: Any) -> None:
+        y = as_state(out)
+        if guess is not None:
+            check_same_shapes("The solver's solution", y, guess)
+
+    if has_aux:
+        check(out)
+    else:
+        check_no_pair(check, out, "solver")
 
 
 def call_solver(
@@ -144,9 +126,8 @@ def call_solver(
         out = solver(y0, args)
     except _NOT_TRACEABLE as error:
         raise _not_traceable(solver, y0, args, error) from error
-    y, aux = _split(out, has_aux)
+    y, aux = split_pair(out, "solver", "(y, aux)") if has_aux else (out, None)
+    _check_solution(y, y0, has_aux)
     y = as_state(y)
-    if jtu.tree_leaves(y0):
-        check_same_shapes("The solver's solution", y, as_state(y0))
     unknown = {"num_steps": jnp.full((), -1)}
     return Outcome(y, aux, RESULTS.successful, all_finite(y), unknown)

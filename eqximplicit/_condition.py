@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from ._coupling import coupled_axes
 from ._custom_types import PyTree
+from ._pair import check_no_pair, split_pair
 from ._state import (
     check_same_field,
     check_same_shapes,
@@ -78,14 +79,9 @@ class AbstractCondition(eqx.Module, Generic[Y, Args]):
         """Returns `fn`'s output and its auxiliary output (`None` without `has_aux`)."""
         fn = cast(Callable[..., Any], self.fn)
         out = fn(y, args, aux) if self.takes_aux else fn(y, args)
-        if not self.has_aux:
-            return out, None
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise ValueError(
-                "`has_aux=True` needs a function that returns a pair `(out, aux)`; "
-                f"got {jtu.tree_structure(out)}. Return a pair or drop `has_aux`."
-            )
-        return out
+        return (
+            split_pair(out, "function", "(out, aux)") if self.has_aux else (out, None)
+        )
 
 
 class _Hoisted(eqx.Module):
@@ -121,7 +117,11 @@ def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Conditi
     def call(y: Any, args: Any, aux: Any) -> Any:
         out, fn_aux = condition.call(y, args, aux)
         arrays = jtu.tree_map(_as_array, out)
-        condition.check(struct_of(arrays), struct_of(y))
+        check = lambda out: condition.check(out, struct_of(y))
+        if condition.has_aux:
+            check(struct_of(arrays))
+        else:
+            check_no_pair(check, struct_of(arrays), "function")
         return arrays, fn_aux
 
     given = aux if condition.takes_aux else None

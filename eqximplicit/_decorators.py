@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex, TypeVar
 import equinox as eqx
 
 from ._adjoint import ImplicitAdjoint
-from ._call import Arguments
+from ._arguments import Arguments, parameters
 from ._condition import AbstractCondition, FixedPoint, Root
 from ._custom_types import LinearSolver
 from ._function import ImplicitFunction
@@ -26,6 +26,22 @@ class _OnArguments(eqx.Module):
     def __call__(self, y: Any, arguments: Arguments, aux: Any = None) -> Any:
         extra = (aux,) if self.takes_aux else ()
         return self.fn(y, *extra, *arguments.args, **arguments.kwargs)
+
+
+def _with_guess(
+    solver: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with the initial guess by position."""
+    first = next((p.name for p in parameters(solver)), "y0")
+    if args:
+        return args, kwargs
+    if first not in kwargs:
+        raise TypeError(
+            f"The decorated solver was called without its initial guess. Pass "
+            f"`{first}` as the first argument."
+        )
+    rest = {name: value for name, value in kwargs.items() if name != first}
+    return (kwargs[first],), rest
 
 
 def _chosen(
@@ -58,6 +74,7 @@ def _bad_argnums(argnums: SupportsIndex | Sequence[int], arguments: Arguments) -
 
 def _decorate(
     condition: AbstractCondition[Any, Arguments],
+    fn: _OnArguments,
     solver: F,
     has_aux: bool,
     argnums: SupportsIndex | Sequence[int] | None,
@@ -70,8 +87,11 @@ def _decorate(
     layer = ImplicitFunction(condition, call, adjoint, throw=False, has_aux=has_aux)
 
     @functools.wraps(solver)
-    def solve(y0: Any, *args: Any, **kwargs: Any) -> Any:
-        solution = layer.solve(y0, _chosen(argnums, Arguments(args, kwargs)))
+    def solve(*args: Any, **kwargs: Any) -> Any:
+        (y0, *rest), kwargs = _with_guess(solver, args, kwargs)
+        arguments = _chosen(argnums, Arguments(tuple(rest), kwargs))
+        arguments = arguments.completed(solver, fn.fn, 1 + fn.takes_aux)
+        solution = layer.solve(y0, arguments)
         return (solution.value, solution.aux) if has_aux else solution.value
 
     return solve  # pyright: ignore[reportReturnType]
@@ -94,7 +114,8 @@ def custom_root(
     **Arguments:**
 
     - `optimality`: `optimality(y, *args, **kwargs)`, zero at the solution, with the
-        leaf shapes of `y`; called with the very arguments of the solver.
+        leaf shapes of `y`; called with the very arguments of the solver, defaults
+        included: by name where it knows the solver's name, by position otherwise.
     - `has_aux`: whether the solver returns `(y, aux)`.
     - `takes_aux`: whether the condition is `optimality(y, aux, *args, **kwargs)`.
     - `argnums`: which positional arguments have a derivative, counted as in the call
@@ -117,7 +138,8 @@ def custom_root(
     def decorator(solver: F) -> F:
         fn = _OnArguments(optimality, takes_aux)
         condition = Root[Any, Arguments](fn, tags, takes_aux=takes_aux)
-        return _decorate(condition, solver, has_aux, argnums, _adjoint(linear_solver))
+        adjoint = _adjoint(linear_solver)
+        return _decorate(condition, fn, solver, has_aux, argnums, adjoint)
 
     return decorator
 
@@ -146,7 +168,8 @@ def custom_fixed_point(
     def decorator(solver: F) -> F:
         on_arguments = _OnArguments(fn, takes_aux)
         condition = FixedPoint[Any, Arguments](on_arguments, tags, takes_aux=takes_aux)
-        return _decorate(condition, solver, has_aux, argnums, _adjoint(linear_solver))
+        adjoint = _adjoint(linear_solver)
+        return _decorate(condition, on_arguments, solver, has_aux, argnums, adjoint)
 
     return decorator
 

@@ -23,11 +23,13 @@ from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import dot, scale
+from .linear_solvers._residual import dot, norm, scale
 from .linear_solvers._small import inverse_power
 
 # Options that are a guess of the solution, and of that of the transposed system.
 _STARTS = ("y0", "y0_transpose")
+# How many times the gradient over the state an operator may be off.
+_UNSURE = 4.0
 # The sum of the squares of so large entries is a number in float32.
 _LARGE = 2.0**30
 
@@ -194,6 +196,26 @@ def _examined(
     return rule, Doubt(value, allowed, mv(jtu.tree_map(_even, y)))
 
 
+def _at_a_point(
+    rule: LinearRule,
+    operator: lx.AbstractLinearOperator,
+    value: PyTree[Array],
+    y: PyTree[Array],
+) -> dict[str, Any]:
+    """The options, with how well a symmetric operator is known.
+
+    A minimum is found up to a gradient `g`. A flat direction, the motion `t = G y` of a
+    symmetry with generator `G`, has the curvature `A t = -G g` there instead of zero:
+    so much is uncertain of `A`, relative to `t`.
+    """
+    ours = isinstance(rule.solver, AbstractMeasuredSolver)
+    if not ours or not lx.is_symmetric(operator) or operator.in_size() == 0:
+        return rule.options
+    size = norm(y)
+    error = _UNSURE * norm(value) / jnp.where(size > 0, size, jnp.inf)
+    return {"operator_error": error, **rule.options}
+
+
 def _even(x: Array) -> Array:
     """Numbers between -1 and 1 without a pattern, in the shape of `x`."""
     phase = jnp.ones(x.shape, jnp.float32)
@@ -243,7 +265,7 @@ def differentiable_linear_solve(
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
     operator = lx.FunctionLinearOperator(mv, structure, rule.tags)
-    state = rule.solver.init(operator, rule.options)
+    state = rule.solver.init(operator, _at_a_point(rule, operator, value, y))
     f_leaves, factors = flatten((rule, state, doubt))
 
     def apply(leaves: Leaves, v: Leaves) -> Leaves:

@@ -296,3 +296,59 @@ def test_partial_and_bound_method_may_be_decorated():
     ridge = eqi.custom_root(optimality)(partial)
     gradient = jax.grad(lambda l2: total(ridge(None, DATA, l2)))(0.3)
     assert_close(gradient, jax.grad(lambda l2: total(ridge_truth(DATA, l2, 0.7)))(0.3))
+
+
+# The solver's defaults are the condition's values, whatever that calls them.
+
+
+def cubic_solver(y0, a, b=2.0, *, tol=1e-14):
+    del tol
+    y = y0
+    for _ in range(60):
+        y = y - (y**3 + y * b - a) / (3 * y * y + b)
+    return y
+
+
+def tolerant_cubic_solver(y0, a, tol=1e-14, b=2.0):
+    return cubic_solver(y0, a, b, tol=tol)
+
+
+CUBICS = {
+    "same names": lambda y, a, b: y**3 + y * b - a,
+    "another default": lambda y, a, b=1.0: y**3 + y * b - a,
+    "other names": lambda y, p, q: y**3 + y * q - p,
+    "any names": lambda y, a, **others: y**3 + y * others["b"] - a,
+    "keyword only": lambda y, a, *, b: y**3 + y * b - a,
+}
+CALLS = {
+    "defaults": lambda solve, a: solve(jnp.array(0.3), a),
+    "by name": lambda solve, a: solve(jnp.array(0.3), a, b=2.0),
+    "by position": lambda solve, a: solve(jnp.array(0.3), a, 2.0),
+    "guess by name": lambda solve, a: solve(y0=jnp.array(0.3), a=a),
+}
+
+
+@pytest.mark.parametrize("optimality", CUBICS.values(), ids=CUBICS)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_condition_sees_the_values_that_the_solver_used(optimality, call):
+    by_position = call is CALLS["by position"]
+    if by_position and optimality in (CUBICS["any names"], CUBICS["keyword only"]):
+        optimality = CUBICS["same names"]  # which Python calls by position
+    solve = eqi.custom_root(optimality)(cubic_solver)
+    slope = jax.grad(lambda a: call(solve, a))(1.0)
+    root = cubic_solver(0.3, 1.0)
+    np.testing.assert_allclose(slope, 1 / (3 * root**2 + 2), rtol=1e-6)
+
+
+def test_default_of_the_solver_alone_is_no_argument_of_the_condition():
+    for optimality in (CUBICS["same names"], CUBICS["another default"]):
+        solve = eqi.custom_root(optimality)(tolerant_cubic_solver)
+        slope = jax.grad(lambda a, solve=solve: solve(jnp.array(0.3), a))(1.0)
+        root = cubic_solver(0.3, 1.0)
+        np.testing.assert_allclose(slope, 1 / (3 * root**2 + 2), rtol=1e-6)
+
+
+def test_call_without_a_guess_names_it():
+    solve = eqi.custom_root(CUBICS["same names"])(cubic_solver)
+    with pytest.raises(TypeError, match="Pass `y0` as the first argument"):
+        solve()

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
-from ._residual import check_bytes
+from .._custom_types import PyTree
+from ._residual import check_bytes, norm
 from ._small import as_matrix, LARGEST
 
 # A solution keeps about a third of its digits when the condition number is eps^(-2/3).
@@ -31,6 +32,17 @@ def residual_limit(eps: float) -> float:
 def consistency_limit(eps: float) -> float:
     """The largest relative residual of a singular system that counts as solvable."""
     return eps**0.5
+
+
+def uncertainty(
+    error: Array, x: PyTree[Array], b: PyTree[Array], eps: float
+) -> Float[Array, ""]:
+    """What a singular operator, known up to `error` in norm, leaves of `b` at `x`.
+
+    So far `x` solves the system of an operator that may be the true one. Never more
+    than `eps ** (1/4)` of `b`: a right-hand side that is not consistent must show.
+    """
+    return jnp.minimum(error * norm(x), eps**0.25 * norm(b))
 
 
 def zero_below(n: int, eps: float) -> float:

@@ -158,8 +158,9 @@ def detect_structure(
     size = flat_size(struct)
     if size != flat_size(operator.out_structure()):
         raise ValueError(
-            "`detect_structure` needs a square operator; got "
-            f"{flat_size(operator.out_structure())} rows and {size} columns."
+            "The sparsity is looked for in square operators only; got "
+            f"{flat_size(operator.out_structure())} rows and {size} columns. Use "
+            "`LeastNorm()`, or state the problem as least squares."
         )
     closed = jax.make_jaxpr(operator.mv)(struct)
     limit = max(size * size if size <= 1000 else 0, _ENTRIES_PER_ROW * size)

@@ -19,6 +19,7 @@ from ._dense import (
     NOISE,
     residual_limit,
     singular_below,
+    uncertainty,
     zero_below,
 )
 from ._measured import AbstractMeasuredSolver, Measured, measured
@@ -29,34 +30,38 @@ from ._small import dense, inverse, LARGEST
 class SymmetricState(eqx.Module):
     """A factorised symmetric matrix.
 
-    `factor` is the Cholesky factor where `regular` (the inverse, for `n <= 3`), and the
-    pseudo-inverse elsewhere. `soft` is whether that leaves out an eigenvalue which is
-    not zero to rounding. `sign` is -1 for a matrix tagged negative.
+    `factor` is the Cholesky factor where `regular` (for `n <= 3` the inverse). It holds
+    the eigenvectors elsewhere, and `weights` the inverse eigenvalues, zero for those
+    left out; `soft` is whether one of these is not zero to rounding. `error` is how far
+    off the matrix itself may be, in norm; `sign` is -1 for one tagged negative.
     """
 
     matrix: Float[Array, "n n"]
     factor: Float[Array, "n n"]
+    weights: Float[Array, " n"]
     regular: Bool[Array, ""]
     soft: Bool[Array, ""]
+    error: Float[Array, ""]
     sign: int = eqx.field(static=True)
 
 
 def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n n"]:
     """The pseudo-inverse of a symmetric matrix, by its eigenvectors."""
-    return _pseudo_inverse(matrix, rcond, rcond)[0]
+    vectors, weights, _ = _spectral(matrix, rcond, rcond)
+    return (vectors * weights[None, :]) @ vectors.T
 
 
-def _pseudo_inverse(
+def _spectral(
     matrix: Float[Array, "n n"], rcond: float, zero: float
-) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
-    # And whether an eigenvalue between `zero` and `rcond` of the largest was left out.
+) -> tuple[Float[Array, "n n"], Float[Array, " n"], Bool[Array, ""]]:
+    # Eigenvectors, inverse eigenvalues, and whether an eigenvalue between `zero` and
+    # `rcond` of the largest was left out.
     values, vectors = jnp.linalg.eigh(matrix)
     sizes = jnp.abs(values)
     largest = jnp.max(sizes)
     keep = sizes > rcond * largest
-    inverse = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
-    soft = jnp.any(~keep & (sizes > zero * largest))
-    return (vectors * inverse[None, :]) @ vectors.T, soft
+    weights = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+    return vectors, weights, jnp.any(~keep & (sizes > zero * largest))
 
 
 class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
@@ -82,6 +87,9 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
 
     - `project`: if true, a right-hand side that is not consistent is projected onto the
         range of the operator, and the result is that of the least-squares problem.
+    - `operator_error`: how far off the operator may be, in norm (0 by default). Where
+        it is singular, a residual up to that times the solution is no failure. The
+        derivative of a minimum passes `4 ‖∇f‖ / ‖y‖` of the point where it is taken.
     """
 
     rcond: float | None = None
@@ -91,7 +99,6 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> SymmetricState:
         """Returns the factors of the matrix of `operator`, computed once."""
-        del options
         eps = epsilon(structure(operator))
         limit = singular_below(eps)
         rcond = limit if self.rcond is None else self.rcond
@@ -111,14 +118,15 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
         regular = health > 10 * max(limit, rcond)
         zero = rcond if self.rcond is not None else zero_below(len(matrix), eps)
 
-        def by_lane() -> tuple[Array, Array]:
-            pseudo, soft = _pseudo_inverse(matrix, rcond, zero)
-            return jnp.where(regular, factor, pseudo), soft & ~regular
+        def by_lane() -> tuple[Array, Array, Array]:
+            vectors, weights, soft = _spectral(matrix, rcond, zero)
+            return jnp.where(regular, factor, vectors), weights, soft & ~regular
 
-        factor, soft = jax.lax.cond(
-            any_lane(~regular), by_lane, lambda: (factor, ~regular)
+        factor, weights, soft = jax.lax.cond(
+            any_lane(~regular), by_lane, lambda: (factor, factor[0], ~regular)
         )
-        return SymmetricState(matrix, factor, regular, soft, sign)
+        error = jnp.asarray(options.get("operator_error", 0), matrix.dtype)
+        return SymmetricState(matrix, factor, weights, regular, soft, error, sign)
 
     def answer(
         self, state: SymmetricState, vector: PyTree[Array], options: dict[str, Any]
@@ -133,7 +141,7 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
             judged = jnp.where(state.regular, residual, part)
         else:
             judged = residual
-        rtol, atol = _limits(state, x, eps)
+        rtol, atol = _limits(state, x, b, eps)
         return measured(
             unravel(state.sign * x),
             dot(judged, judged),
@@ -162,7 +170,7 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
 
 
 def _limits(
-    state: SymmetricState, x: Float[Array, " n"], eps: float
+    state: SymmetricState, x: Float[Array, " n"], b: Float[Array, " n"], eps: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The largest residual: relative to the right-hand side, and beside that."""
     regular, soft = state.regular, state.soft
@@ -172,7 +180,8 @@ def _limits(
     # at a minimum, say, the cotangent of the objective there. In a soft direction that
     # may be all that there is of a small one.
     size = jnp.where(soft, jnp.max(jnp.abs(x)), 1)
-    atol = jnp.where(regular, 0, NOISE * eps * size * jnp.linalg.norm(state.matrix))
+    rounding = NOISE * eps * size * jnp.linalg.norm(state.matrix)
+    atol = jnp.where(regular, 0, rounding + uncertainty(state.error, x, b, eps))
     return rtol.astype(x.dtype), atol
 
 
@@ -188,13 +197,17 @@ def _definite_factor(
 
 
 def _apply(state: SymmetricState, b: Float[Array, " n"]) -> Float[Array, " n"]:
-    if state.factor.shape[0] <= LARGEST:
-        return matvec(state.factor, b)
+    factor = state.factor
 
-    def by_cholesky() -> Array:
-        return jax.scipy.linalg.cho_solve((state.factor, True), b)
+    def definite() -> Array:
+        if len(b) <= LARGEST:
+            return matvec(factor, b)
+        return jax.scipy.linalg.cho_solve((factor, True), b)
 
     def by_lane() -> Array:
-        return jnp.where(state.regular, by_cholesky(), matvec(state.factor, b))
+        # One factor after the other: an eigenvalue that is almost zero would fill the
+        # pseudo-inverse with numbers whose rounding is larger than the others.
+        spectral = matvec(factor, state.weights * matvec(factor.T, b))
+        return jnp.where(state.regular, definite(), spectral)
 
-    return jax.lax.cond(any_lane(~state.regular), by_lane, by_cholesky)
+    return jax.lax.cond(any_lane(~state.regular), by_lane, definite)

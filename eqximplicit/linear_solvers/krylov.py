@@ -15,7 +15,7 @@ from .._custom_types import LinearSolver, PyTree
 from .._lanes import any_lane
 from .._placement import on_one_device
 from .._state import known
-from ._dense import consistency_limit
+from ._dense import consistency_limit, uncertainty
 from ._iterations import (
     conjugate_gradient,
     conjugate_residual,
@@ -52,9 +52,13 @@ def default_rtol(eps: float) -> float:
 
 
 class KrylovState(eqx.Module):
-    """A linearised operator; `sign` is -1 for one tagged negative."""
+    """A linearised operator; `sign` is -1 for one tagged negative.
+
+    `error` is how far off a symmetric operator may be, in norm; `None` for not at all.
+    """
 
     operator: lx.AbstractLinearOperator
+    error: Float[Array, ""] | None
     sign: int = eqx.field(static=True)
     symmetric: bool = eqx.field(static=True)
 
@@ -98,6 +102,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
 
     - `preconditioner`: an approximate inverse, a lineax operator.
     - `y0`: where to start; `y0_transpose` in the transposed system.
+    - `operator_error`: of a symmetric operator; see [`eqximplicit.DirectSymmetric`][].
     """
 
     rtol: float | None = None
@@ -110,12 +115,12 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> KrylovState:
         """Returns the linearised operator."""
-        del options
         structure(operator)
         negative = lx.is_negative_semidefinite(operator)
-        return KrylovState(
-            lx.linearise(operator), -1 if negative else 1, lx.is_symmetric(operator)
-        )
+        symmetric = lx.is_symmetric(operator)
+        error = options.get("operator_error") if symmetric else None
+        linear = lx.linearise(operator)
+        return KrylovState(linear, error, -1 if negative else 1, symmetric)
 
     def answer(
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
@@ -129,6 +134,9 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             outcome = self._solve_lane_or_columns(state, vector)
         eps = epsilon(vector)
         accepted = consistency_limit(eps) if self.rtol is None else 2 * self.rtol
+        slack: Any = 2 * self.atol
+        if state.error is not None:
+            slack = slack + uncertainty(state.error, outcome.x, vector, eps)
         # The direct solver has limits of its own: what it calls an answer is one.
         rr = jnp.where(outcome.direct, 0, outcome.rr)
         return measured(
@@ -136,7 +144,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             rr,
             dot(vector, vector),
             rtol=accepted,
-            atol=2 * self.atol,
+            atol=slack,
             regular=~outcome.failed,
             failure=lx.RESULTS.stagnation,
             num_steps=outcome.steps,
@@ -148,9 +156,8 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     ) -> tuple[KrylovState, dict[str, Any]]:
         """Returns the state of the transposed operator, and its options."""
         transposed = state.operator if state.symmetric else state.operator.transpose()
-        return KrylovState(transposed, state.sign, state.symmetric), transposed_options(
-            options
-        )
+        flipped = dataclasses.replace(state, operator=transposed)
+        return flipped, transposed_options(options)
 
     def conj(
         self, state: KrylovState, options: dict[str, Any]
@@ -199,7 +206,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
 
         def directly() -> _Outcome:
             assert fallback is not None
-            factors = fallback.init(state.operator, {})
+            factors = fallback.init(state.operator, _for_fallback(state))
             answer = _direct(fallback, factors, vector, options, it.steps)
             return where(need, answer, first)
 
@@ -246,7 +253,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
                 state: KrylovState = eqx.combine(arrays, static)
                 out = jax.lax.cond(
                     on_one_device(),
-                    lambda: _columns(fallback, state.operator, vector, axes[1]),
+                    lambda: _columns(fallback, state, vector, axes[1]),
                     lambda: jax.vmap(one_light, tuple(axes))(arrays, vector),
                 )
             elif shared or lanes * n * n * itemsize <= FALLBACK_BYTES:
@@ -284,11 +291,13 @@ def _direct(
     return _Outcome(x, stats["residual_norm"] ** 2, steps, yes, failed)
 
 
+def _for_fallback(state: KrylovState) -> dict[str, Any]:
+    return {} if state.error is None else {"operator_error": state.error}
+
+
 def _columns(
-    solver: LinearSolver,
-    operator: lx.AbstractLinearOperator,
-    vector: PyTree[Array],
-    axes: Any,
+    solver: LinearSolver, state: KrylovState, vector: PyTree[Array], axes: Any
 ) -> _Outcome:
-    factors, none = solver.init(operator, {}), jnp.asarray(0)
+    factors = solver.init(state.operator, _for_fallback(state))
+    none = jnp.asarray(0)
     return jax.vmap(lambda b: _direct(solver, factors, b, {}, none), (axes,))(vector)

@@ -58,7 +58,7 @@ def is_negative(
 
     In a flat direction it is zero up to rounding, and up to the bend of that direction
     times the distance from the minimum, which the gradient tells. Beside a stiff
-    direction a gradient tells little: no part above $\sqrt\epsilon$ of the largest
+    direction a gradient tells little: no part above $\epsilon^{1/3}$ of the largest
     curvature counts as zero.
 
     **Arguments:**
@@ -70,7 +70,7 @@ def is_negative(
     order = min(vs.size(y), DENSE_SIZE)
     bend = BENDING * vs.length(gradient, dtype) / jnp.sqrt(1 + vs.dot(y, y, dtype))
     zero = jnp.maximum(zero_below(order, eps) * largest, bend)
-    return lowest < -jnp.minimum(zero, eps**0.5 * largest)
+    return lowest < -jnp.minimum(zero, eps ** (1 / 3) * largest)
 
 
 def hessian_matrix(hvp: Hvp, y: Any) -> Float[Array, "n n"]:
