@@ -21,13 +21,15 @@ from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import is_successful, RESULTS, where_result
 from ._state import stop_gradient
 from .linear_solvers import AutoLinearSolver
-from .solvers import FIRE
+from .solvers import AbstractHostSolver, AutoRootFinder, Broyden, FIRE
 
 # A solver measures the distance from a solution in its own way: it is held to its
 # tolerance times this, and never to more than two digits of a state of order one.
 _SLACK, _DIGITS = 100.0, 1e-2
 # Their step is itself the estimate of the distance.
 _MEASURED = (optx.Newton, optx.Chord)
+# A residual is small in units that only the Jacobian tells.
+_BY_RESIDUAL = (AutoRootFinder, Broyden)
 
 
 class Solve(eqx.Module):
@@ -95,16 +97,18 @@ def _structure(tree: Any) -> Any:
 def _claim_of(solver: Any, condition: AbstractCondition[Any, Any]) -> Claim | None:
     """What `solver` claims by reporting success; `None` if nothing is to be tested.
 
-    Only optimistix's own solvers are held to a distance, and `FIRE` to having found a
-    minimum: a callable has claimed nothing, and the other solvers of this package
-    measure what they claim.
+    optimistix's own solvers are held to a distance, and root finders that judge by the
+    residual alone; `FIRE` and SciPy to having found a minimum. A callable has claimed
+    nothing, and the other solvers of this package measure what they claim.
     """
     theirs = type(solver).__module__.partition(".")[0] == "optimistix"
     distance = None
     if theirs and not isinstance(solver, _MEASURED):
         distance = _largest(_SLACK * solver.rtol, _SLACK * solver.atol, _DIGITS)
+    elif isinstance(solver, _BY_RESIDUAL):
+        distance = _DIGITS
     extremal = isinstance(condition, (Minimum, LeastSquares))
-    minimum = extremal and (theirs or isinstance(solver, FIRE))
+    minimum = extremal and (theirs or isinstance(solver, (FIRE, AbstractHostSolver)))
     claims = distance is not None or minimum
     return Claim(distance, minimum) if claims else None
 

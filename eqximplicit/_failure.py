@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 
 from ._lanes import over_lanes
 from ._solution import RESULTS, Solution
+from .solvers._on_host import last_failure
 
 
 class SolveError(eqx.EquinoxRuntimeError):
@@ -99,8 +100,17 @@ def refuse_failure(solution: Solution[Any, Any]) -> Solution[Any, Any]:
     if value is None or os.environ.get("EQX_ON_ERROR", "raise") != "raise":
         return _refused_when_run(solution, code)
     if value != 0:
-        raise SolveError(_sentences()[value])
+        raise SolveError(_sentence_for(solution, value))
     return solution
+
+
+def _sentence_for(solution: Solution[Any, Any], value: int) -> str:
+    """Of a host failure what the host said, where that is still known."""
+    said = last_failure()
+    by_host = np.ndim(jtu.tree_leaves(solution.result)[0]) == 0 and bool(
+        solution.result == RESULTS.host_failure
+    )
+    return said if by_host and said is not None else _sentences()[value]
 
 
 def _refused_when_run(

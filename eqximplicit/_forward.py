@@ -14,8 +14,8 @@ from ._solution import RESULTS
 from ._spectrum import probe, Spectrum
 from ._state import max_abs, real_dtype
 from .solvers._curvature import is_negative
-from .solvers._default import fitted
-from .solvers.auto_root_finder import AutoRootFinder, default_atol
+from .solvers._default import fitted, with_tolerances
+from .solvers.auto_root_finder import AutoRootFinder
 
 Vector = np.ndarray[Any, np.dtype[Any]]
 
@@ -36,14 +36,15 @@ class Forward(eqx.Module):
     - `residual`: the residual; `tolerance`: what was asked for, if anything was.
     - `attainable`: the residual that rounding of the state alone causes.
     - `distance`: `‖s‖ / ‖y‖` of the Newton step `s`, roughly how far off the solution
-        is. `bend`: by how much `∂F/∂y · s` changes along it, relative; a half at a
-        double root, and next to nothing at a simple one.
+        is; `step`: `‖s‖` itself. `bend`: by how much `∂F/∂y · s` changes along it,
+        relative; a half at a double root, and next to nothing at a simple one.
     """
 
     residual: float
     tolerance: float | None
     attainable: float
     distance: float | None
+    step: float | None
     bend: float | None
 
 
@@ -51,13 +52,14 @@ def _tolerance(point: Point) -> float | None:
     layer = point.subject.layer
     if layer.residual_tol is not None:
         return layer.residual_tol
-    solver = fitted(layer.solver, point.y)
-    atol = getattr(solver, "atol", None)
-    if isinstance(solver, AutoRootFinder) and atol is None:
-        atol = default_atol(real_dtype(point.y))
-    if not is_iterative(layer) or atol is None:
+    if not is_iterative(layer):
         return None
-    rtol = getattr(solver, "rtol", None) or 0.0
+    solver = with_tolerances(fitted(layer.solver, point.y), point.y)
+    atol = getattr(solver, "atol", None)
+    if atol is None:
+        return None
+    rooted = isinstance(solver, AutoRootFinder)  # whose `rtol` is without effect
+    rtol = 0.0 if rooted else getattr(solver, "rtol", 0.0)
     return float(atol) + float(rtol) * float(max_abs(point.y))
 
 
@@ -76,29 +78,31 @@ def _attainable(point: Point, random: np.random.Generator) -> float:
 
 def _newton_step(
     point: Point, matrix: Vector | None
-) -> tuple[float, float] | tuple[None, None]:
-    """The relative length of the Newton step, and how `∂F/∂y` changes along it."""
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    """The length of the Newton step, relative and not, and the bend along it."""
     residual = flat(point.residual(point.y))
     if matrix is None or not np.isfinite(residual).all():
-        return None, None
+        return None, None, None
     step = -np.linalg.pinv(matrix, rcond=1e-10) @ residual
     moved = jtu.tree_map(lambda y, s: y + s, point.y, unflat(step, point.y))
     before, after = matrix @ step, probe(point.jacobian(moved), step)
     size, rate = np.linalg.norm(flat(point.y)), np.linalg.norm(before)
     bend = np.linalg.norm(after - before) / (rate or 1.0)
-    return float(np.linalg.norm(step) / (size or 1.0)), float(bend)
+    length = float(np.linalg.norm(step))
+    return length / float(size or 1.0), length, float(bend)
 
 
 def forward(
     point: Point, matrix: Vector | None, random: np.random.Generator
 ) -> Forward:
     """Measures how good the solution is."""
-    distance, bend = _newton_step(point, matrix)
+    distance, step, bend = _newton_step(point, matrix)
     return Forward(
         residual=float(point.solution.stats["residual_norm"]),
         tolerance=_tolerance(point),
         attainable=_attainable(point, random),
         distance=distance,
+        step=step,
         bend=bend,
     )
 
@@ -127,6 +131,9 @@ def inaccurate(measured: Forward, eps: float) -> list[Finding]:
     floor = _SLACK * max(attainable, float(np.finfo(np.float64).tiny))
     unmet = tolerance is not None and measured.residual > _SLACK * tolerance
     far = measured.distance is not None and measured.distance > _FAR
+    # At a solution that is zero, all that is left is of its size.
+    within = eps**0.5 if tolerance is None else _SLACK * tolerance
+    far = far and (measured.step or 0.0) > within
     if (unmet and measured.residual > floor) or far:
         found.append(_not_solved(measured))
     elif measured.bend is not None and measured.bend > _BENT:

@@ -208,6 +208,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "No initial guess: call `layer(y0, args)`, or give the layer one with "
                 "`ImplicitFunction(..., y0=...)`."
             )
+        refuse_static_arrays(guess, "y0")
         for name, part in by_name(self.solver, args).items():
             refuse_static_arrays(part, name)
         compiled = _is_iterative(self.solver) and not _is_staged()

@@ -44,6 +44,7 @@ from ._state import (
     struct_of,
     to_real,
 )
+from ._static import refuse_static_arrays
 from .linear_solvers import AutoLinearSolver
 
 Y = TypeVar("Y")
@@ -153,7 +154,8 @@ def implicit_solution(
 
     **Returns:** `y`, with the same structure, shapes and dtypes.
 
-    **Raises:** `ValueError` if the residual does not fit `y`. A linear solve that fails
+    **Raises:** `ValueError` if the residual does not fit `y`, or a static field of `fn`
+    or `args` holds an array. A linear solve that fails
     raises nothing: its lane's derivative is NaN.
 
     !!! example
@@ -163,6 +165,8 @@ def implicit_solution(
         y = eqi.implicit_solution(eqi.Root(lambda y, theta: y**3 - theta), y, theta)
         ```
     """
+    refuse_static_arrays(condition.fn, "fn")
+    refuse_static_arrays(args, "args")
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)

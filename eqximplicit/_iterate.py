@@ -21,7 +21,7 @@ from ._monitor import Monitor, Watch
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
-from .solvers._default import fitted
+from .solvers._default import fitted, with_tolerances
 from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened
 from .solvers._small_newton import is_closed_form, small_newton
 
@@ -158,6 +158,8 @@ def iterate(
     """
     solver = fitted(solver, y0)
     fn = iterated_fn(solver, condition, y0)
+    if fn.must_vanish:  # `Run.terminate` compares with its tolerance
+        solver = with_tolerances(solver, y0)
     y = to_real(y0, real_dtype(y0))
     watch = _watch(monitor, fn, args, max_steps)
     run = Run(solver, fn, args, options, max_steps, watch)

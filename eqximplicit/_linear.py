@@ -25,6 +25,7 @@ from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
 from .linear_solvers._residual import dot, norm, scale
 from .linear_solvers._small import inverse_power
+from .linear_solvers.checked import checked
 
 # Options that are a guess of the solution, and of that of the transposed system.
 _STARTS = ("y0", "y0_transpose")
@@ -261,6 +262,7 @@ def differentiable_linear_solve(
     # The factorisation carries no derivative: that of A enters through `apply`.
     frozen, y = stop_gradient((coefficients, at))
     value, mv = jax.linearize(lambda y: residual(frozen, y), y)
+    rule = dataclasses.replace(rule, solver=checked(rule.solver))
     rule, doubt = _examined(rule, claim, y, value, mv)
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)

@@ -346,3 +346,25 @@ def test_check_inside_a_trace_is_refused():
     layer = eqi.ImplicitFunction(eqi.Root(sinh_root), solve_sinh)
     with pytest.raises(ValueError, match=r"`args` is traced .*outside of `jit`"):
         jax.jit(lambda a: eqi.check_implicit(layer, jnp.zeros(2), a).residual)(TWO)
+
+
+CLEAN_AT_ZERO = {
+    "root": (eqi.Root(lambda y, a: jnp.sinh(y) - a), None),
+    "fixed point": (eqi.FixedPoint(lambda y, a: 0.5 * jnp.tanh(y) + a), None),
+    "Picard": (
+        eqi.FixedPoint(lambda y, a: 0.5 * jnp.sin(y) + a),
+        optx.FixedPointIteration(1e-8, 1e-8),
+    ),
+    "minimum": (eqi.Minimum(lambda y, a: jnp.sum(jnp.log(jnp.cosh(y - a)))), None),
+    "least squares": (eqi.LeastSquares(lambda y, a: jnp.sinh(y) - a), None),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN_AT_ZERO)
+def test_solution_that_is_zero_is_a_solution(name):
+    condition, solver = CLEAN_AT_ZERO[name]
+    layer = eqi.ImplicitFunction(condition, solver, throw=False)
+    report = eqi.check_implicit(layer, jnp.array([0.3, 0.3, 0.3]), jnp.zeros(3))
+    assert report.ok, report
+    assert report.tolerance is not None
+    assert report.tolerance <= 1e-7

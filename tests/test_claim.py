@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
@@ -221,3 +222,46 @@ def test_forward_solve_computes_nothing_of_it():
     slope = jax.jit(jax.grad(lambda a: solve(jnp.ones(3), a).sum())).lower(8.0)
     assert "syevd" not in text
     assert "syevd" in slope.as_text()
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e-10])
+def test_residual_in_small_units_is_no_root(unit):
+    """What is below the absolute tolerance far from a root has no derivative."""
+    solve = layer(eqi.Root(lambda y, a: unit * (y**3 - a)), None)
+    for slope in gradients(solve, jnp.array(5.0), 1.0):
+        assert np.isnan(slope)
+
+
+def test_no_root_but_a_residual_that_dies_out_has_no_derivative():
+    solve = layer(eqi.Root(lambda y, a: a * jnp.exp(y)), None)
+    for slope in gradients(solve, jnp.array(0.0), 1.0):
+        assert np.isnan(slope)
+
+
+def test_saddle_that_scipy_stops_at_has_no_derivative():
+    saddle = lambda y, a: (y[0] - a) ** 2 + (y[1] ** 2 - 1) ** 2
+    solve = layer(eqi.Minimum(saddle), eqi.ScipyMinimize())
+    slope = jax.jacrev(lambda a: solve(jnp.array([3.0, 0.0]), a))(1.0)
+    assert np.isnan(slope).all()
+
+
+@pytest.mark.parametrize("solver", [lx.QR(), lx.LU(), lx.CG(1e-8, 1e-8)], ids=str)
+def test_singular_lane_of_any_lineax_solver_is_nan(solver):
+    singular = np.arange(1.0, 10.0).reshape(3, 3)
+    if isinstance(solver, lx.CG):
+        singular = singular.T @ singular
+    regular = np.diag([1.0, 2.0, 4.0]) + 0.1
+    tags = lx.positive_semidefinite_tag if isinstance(solver, lx.CG) else frozenset()
+    fn = lambda y, args: args[0] @ y - args[1]
+
+    def solution(matrix, b):
+        condition = eqi.Root(fn, tags)
+        return eqi.implicit_solution(
+            condition, jnp.ones(3), (matrix, b), linear_solver=solver
+        )
+
+    matrices = jnp.asarray(np.stack([singular, regular]))
+    slope = jax.vmap(jax.grad(lambda b, m: solution(m, b)[0]), (None, 0))
+    found = slope(jnp.ones(3), matrices)
+    assert np.isnan(found[0]).all()
+    np.testing.assert_allclose(found[1], np.linalg.inv(regular)[0], rtol=1e-6)

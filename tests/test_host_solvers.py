@@ -381,3 +381,15 @@ def test_derivative_of_a_host_solver_without_jit():
     with jax.disable_jit():
         gradient = jax.grad(lambda a: scipy_cubic(jnp.ones(()), a))(2.0)
     np.testing.assert_allclose(gradient, 1 / 4, rtol=1e-5)
+
+
+def test_raised_failure_says_what_the_host_said():
+    def boom(y0, args):
+        raise ZeroDivisionError("no such thing")
+
+    condition = eqi.Root(lambda y, a: y - a)
+    layer = eqi.ImplicitFunction(condition, eqi.HostSolver(boom))
+    with pytest.raises(
+        eqi.SolveError, match="ZeroDivisionError: no such thing; correct"
+    ):
+        layer(jnp.array(1.0), 2.0)

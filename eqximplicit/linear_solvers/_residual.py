@@ -6,6 +6,7 @@ will do: each operator of `jnp` is a `jit`, and is traced as one.
 """
 
 import functools
+import warnings
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -19,6 +20,18 @@ from .._reduce import is_few, total
 from .._state import num_entries
 
 T = TypeVar("T")
+
+
+def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:
+    """Warns of a tolerance below the relative resolution `eps`; zero is meant."""
+    known = isinstance(rtol, (int, float)) and isinstance(atol, (int, float))
+    if known and 0 < rtol < eps and atol == 0:
+        warnings.warn(
+            f"`{name}(rtol={rtol})` asks for more than the floating-point resolution "
+            f"{eps:.1e} of the operator, so the solve stagnates. Loosen `rtol` or use "
+            "float64.",
+            stacklevel=4,
+        )
 
 
 def dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:

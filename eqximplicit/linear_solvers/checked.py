@@ -1,5 +1,6 @@
 """A lineax solver whose answer is measured instead of believed."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +14,25 @@ from .._custom_types import LinearSolver, PyTree, ShapeDtypeStruct
 from .._solution import is_successful
 from ._dense import residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
-from ._residual import check_bytes, dot, epsilon, minus, norm, structure
+from ._residual import check_bytes, dot, epsilon, minus, norm, size, structure
+
+# How much more than it was asked for an iterative solver may leave.
+_SLACK = 10.0
+
+
+def checked(solver: LinearSolver) -> LinearSolver:
+    """`solver`, measured if it claims to have the solution of a regular system.
+
+    One of this package measures its answers itself, and one that is for singular
+    systems need not have small residuals.
+    """
+    ours = isinstance(solver, AbstractMeasuredSolver)
+    return solver if ours or not solver.assume_full_rank() else Checked(solver)
+
+
+def _largest(x: Any, y: Any) -> Any:
+    plain = all(isinstance(value, (int, float)) for value in (x, y))
+    return max(x, y) if plain else jnp.maximum(x, y)
 
 
 class CheckedState(eqx.Module):
@@ -35,7 +54,7 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
 
     - `solver`: any lineax solver for square systems.
     - `rtol`: dimensionless; $\epsilon^{1/3}$ if `None` (6e-6 in float64, 5e-3 in
-        float32).
+        float32), or ten times what `solver` is asked for if that is more.
     - `probe`: also solves for one pseudo-random right-hand side when the state is made.
         Elimination of a singular matrix often ends finite, and its residual is small if
         the right-hand side is consistent; the answer to the probe is then about
@@ -75,15 +94,15 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         # ‖A‖ ‖A⁻¹ g‖ / ‖g‖ bounds the condition number of A from below.
         probe = pseudo_random(struct)
         x, _, _ = self.solver.compute(inner, probe, options)
-        size = norm(operator.mv(probe))
-        return norm(x) * size * singular_below(epsilon(struct)) < norm(probe) ** 2
+        image = norm(operator.mv(probe))
+        return norm(x) * image * singular_below(epsilon(struct)) < norm(probe) ** 2
 
     def answer(
         self, state: CheckedState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:
         """Returns the solution, its result, and its measured `residual_norm`."""
         x, claimed, stats = self.solver.compute(state.inner, vector, options)
-        rtol = residual_limit(epsilon(vector)) if self.rtol is None else self.rtol
+        rtol = self._limit(vector) if self.rtol is None else self.rtol
         r, bb = minus(vector, state.operator.mv(x)), dot(vector, vector)
         regular = state.regular & ((bb == 0) | is_successful(claimed))
         # What the solver itself says of its failure is more than that it failed.
@@ -91,6 +110,19 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         return measured(
             x, dot(r, r), bb, rtol=rtol, regular=regular, failure=failure, **stats
         )
+
+    def _limit(self, vector: PyTree[Array]) -> Any:
+        # Other norms than ours decide when an iteration has done what it was asked for.
+        slack = _SLACK * size(vector) ** 0.5
+        asked = (getattr(self.solver, name, 0.0) for name in ("rtol", "atol"))
+        return functools.reduce(
+            _largest, (slack * tol for tol in asked), residual_limit(epsilon(vector))
+        )
+
+    @property
+    def atol(self) -> Any:
+        """The absolute tolerance of the inner solver, zero if it has none."""
+        return getattr(self.solver, "atol", 0.0)
 
     def transpose(
         self, state: CheckedState, options: dict[str, Any]

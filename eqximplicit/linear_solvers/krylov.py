@@ -35,6 +35,7 @@ from ._residual import (
     size,
     structure,
     transposed_options,
+    warn_if_unreachable,
     where,
     zeros_like,
 )
@@ -115,7 +116,8 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> KrylovState:
         """Returns the linearised operator."""
-        structure(operator)
+        eps = epsilon(structure(operator))
+        warn_if_unreachable("HybridKrylov", self.rtol, self.atol, eps)
         negative = lx.is_negative_semidefinite(operator)
         symmetric = lx.is_symmetric(operator)
         error = options.get("operator_error") if symmetric else None

@@ -21,6 +21,7 @@ from ._residual import (
     scale,
     structure,
     transposed_options,
+    warn_if_unreachable,
 )
 from .krylov import default_rtol
 
@@ -105,7 +106,9 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
     ) -> NeumannState:
         """Returns the linearised operator."""
         del options
-        structure(operator)
+        eps = epsilon(structure(operator))
+        if self.num_terms is None:
+            warn_if_unreachable("Neumann", self.rtol, self.atol, eps)
         return NeumannState(lx.linearise(operator))
 
     def answer(

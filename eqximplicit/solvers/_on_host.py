@@ -9,6 +9,7 @@ once can exhaust them: keep such solves outside `jit`, where this cannot happen.
 
 import abc
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from jax.core import Tracer
 from .._solution import as_results, RESULTS
 
 LOGGER = logging.getLogger("eqximplicit")
+_last = threading.local()
 
 Kind = Literal["root", "fixed_point", "minimise", "any"]
 
@@ -236,11 +238,23 @@ def _guarded(
         with np.errstate(all="ignore"):
             report = algorithm(on_host, x0)
     except Exception as error:  # whatever user or SciPy code raises
-        LOGGER.error(sentence_of(solver, error))
+        report_failure(sentence_of(solver, error))
         return Report(on_host.last, FAILED)
     if np.all(np.isfinite(report.x)):
         return report
     return report._replace(x=on_host.last, code=NONFINITE)
+
+
+def report_failure(sentence: str) -> None:
+    """Logs why host code failed, and keeps it for whoever raises next."""
+    LOGGER.error(sentence)
+    _last.sentence = sentence
+
+
+def last_failure() -> str | None:
+    """Why host code last failed on this thread, asked for once."""
+    sentence, _last.sentence = getattr(_last, "sentence", None), None
+    return sentence
 
 
 def sentence_of(solver: object, error: BaseException) -> str:

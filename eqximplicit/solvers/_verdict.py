@@ -9,7 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optimistix as optx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Scalar
 
 from .._solution import as_results, RESULTS
@@ -29,10 +31,14 @@ def check_tolerances(name: str, rtol: Any, atol: Any) -> None:
 
 
 def refuse_negative(name: str, **tolerances: Any) -> None:
-    """Refuses a negative or NaN number, by its name; what is no number passes."""
+    """Refuses what is negative, NaN or infinite, by its name; a traced one passes."""
     for field, value in tolerances.items():
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"`{name}({field}=...)` must be at least 0; got {value}.")
+        if value is None or isinstance(value, Tracer):
+            continue
+        if not np.all((np.asarray(value) >= 0) & np.isfinite(value)):
+            raise ValueError(
+                f"`{name}({field}=...)` must be finite and at least 0; got {value}."
+            )
 
 
 def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:
@@ -47,10 +53,12 @@ def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:
         )
 
 
-def check_window(name: str, window: int) -> None:
+def check_window(name: str, window: Any) -> None:
     """Refuses a history of no pairs."""
-    if window < 1:
-        raise ValueError(f"`{name}(window=...)` must be at least 1; got {window}.")
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(
+            f"`{name}(window=...)` must be a whole number of at least 1; got {window}."
+        )
 
 
 def check_budget(name: str, window: int, options: dict[str, Any]) -> None:

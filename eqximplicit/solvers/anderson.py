@@ -100,7 +100,7 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         verdict.check_tolerances("Anderson", self.rtol, self.atol)
         verdict.check_window("Anderson", self.window)
         rules = {
-            "mixing": (self.mixing != 0, "non-zero"),
+            "mixing": (0 < abs(self.mixing) < float("inf"), "finite and non-zero"),
             "ridge": (self.ridge >= 0, "at least 0"),
             "restart": (self.restart is None or self.restart >= 1, "at least 1"),
             "safeguard": (self.safeguard >= 1, "at least 1"),

@@ -100,9 +100,8 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
     shift: Callable[[Y, Y], Y] = _translate
 
     def __check_init__(self) -> None:
+        verdict.check_tolerances("FIRE", self.rtol, self.atol)
         rules = {
-            "rtol": (self.rtol >= 0, "at least 0"),
-            "atol": (self.atol >= 0, "at least 0"),
             "dt_start": (0 < self.dt_start <= self.dt_max, "in (0, dt_max]"),
             "n_min": (self.n_min >= 0, "at least 0"),
             "f_inc": (self.f_inc >= 1, "at least 1"),

@@ -15,8 +15,8 @@ from ._on_host import (
     as_result,
     FAILED,
     Kind,
-    LOGGER,
     OK,
+    report_failure,
     run_on_host,
     sentence_of,
     stopped,
@@ -105,7 +105,7 @@ def _call_host(solver: HostSolver, y0: Any, args: Any, *, throw: bool) -> Any:
             sentence = sentence_of(solver, error)
             if throw:
                 raise RuntimeError(sentence) from error
-            LOGGER.error(sentence)
+            report_failure(sentence)
             return _fitted(guess, struct[0]), np.int32(FAILED)
 
     return run_on_host(host, struct, stopped(arrays))
