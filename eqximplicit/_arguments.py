@@ -17,12 +17,17 @@ _POSITIONAL = (
 _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
-def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters of a function; none if it does not tell (a builtin)."""
+def signature(fn: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function; an empty one if it does not tell (a builtin)."""
     try:
-        return list(inspect.signature(fn).parameters.values())
+        return inspect.signature(fn)
     except (TypeError, ValueError):
-        return []
+        return inspect.Signature()
+
+
+def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a function; none if it does not tell."""
+    return list(signature(fn).parameters.values())
 
 
 class Arguments(eqx.Module):

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex, TypeVar
 import equinox as eqx
 
 from ._adjoint import ImplicitAdjoint
-from ._arguments import Arguments, parameters
+from ._arguments import Arguments, parameters, signature
 from ._condition import AbstractCondition, FixedPoint, Root
 from ._custom_types import LinearSolver
 from ._function import ImplicitFunction
@@ -80,10 +80,14 @@ def _decorate(
     argnums: SupportsIndex | Sequence[int] | None,
     adjoint: ImplicitAdjoint,
 ) -> F:
-    @functools.wraps(solver)  # errors name the solver
     def call(y0: Any, arguments: Arguments) -> Any:
         return solver(y0, *arguments.args, **arguments.kwargs)
 
+    # Errors name the solver. There is no `__wrapped__`: a module would be taken for a
+    # copy of itself in there.
+    named: Any = functools.update_wrapper(call, solver, updated=())
+    del named.__wrapped__
+    named.__signature__ = signature(solver)
     layer = ImplicitFunction(condition, call, adjoint, throw=False, has_aux=has_aux)
 
     @functools.wraps(solver)

@@ -100,17 +100,15 @@ def refuse_failure(solution: Solution[Any, Any]) -> Solution[Any, Any]:
     if value is None or os.environ.get("EQX_ON_ERROR", "raise") != "raise":
         return _refused_when_run(solution, code)
     if value != 0:
-        raise SolveError(_sentence_for(solution, value))
+        raise SolveError(_sentence_for(value))
     return solution
 
 
-def _sentence_for(solution: Solution[Any, Any], value: int) -> str:
+def _sentence_for(value: int) -> str:
     """Of a host failure what the host said, where that is still known."""
+    (by_host,) = jtu.tree_leaves(RESULTS.host_failure)
     said = last_failure()
-    by_host = np.ndim(jtu.tree_leaves(solution.result)[0]) == 0 and bool(
-        solution.result == RESULTS.host_failure
-    )
-    return said if by_host and said is not None else _sentences()[value]
+    return said if said is not None and value == int(by_host) else _sentences()[value]
 
 
 def _refused_when_run(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool
 
 from ._claim import Claim
 from ._condition import AbstractCondition, hoist, Root
-from ._custom_types import LinearSolver, PyTree
+from ._custom_types import check_instance, LinearSolver, PyTree
 from ._linear import differentiable_linear_solve, LinearRule
 from ._primitives import (
     attach,
@@ -113,6 +113,9 @@ def _linear_rule(
     )
 
 
+_CONDITION = "what `y` solves, `eqi.Root(fn)` or `eqi.FixedPoint(fn)` say"
+
+
 def implicit_solution(
     condition: AbstractCondition[Y, Args],
     y: Y,
@@ -165,6 +168,7 @@ def implicit_solution(
         y = eqi.implicit_solution(eqi.Root(lambda y, theta: y**3 - theta), y, theta)
         ```
     """
+    check_instance("condition", condition, AbstractCondition, _CONDITION)
     refuse_static_arrays(condition.fn, "fn")
     refuse_static_arrays(args, "args")
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))

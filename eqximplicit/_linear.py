@@ -23,7 +23,7 @@ from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import dot, norm, scale
+from .linear_solvers._residual import dot, is_zero, norm, scale
 from .linear_solvers._small import inverse_power
 from .linear_solvers.checked import checked
 
@@ -71,7 +71,7 @@ def _normalised(
     has the range as it is.
     """
     wide = jnp.finfo(real_dtype(vector)).bits >= 64
-    relative = isinstance(rule.solver, AbstractMeasuredSolver) and _is_zero(
+    relative = isinstance(rule.solver, AbstractMeasuredSolver) and is_zero(
         getattr(rule.solver, "atol", 0.0)
     )
     if wide and relative:
@@ -80,10 +80,6 @@ def _normalised(
     unit = jnp.maximum(power, jnp.minimum(power * _LARGE, 1))
     given = {key: scale(unit, options[key]) for key in _STARTS if key in options}
     return _Asked(scale(unit, vector), {**options, **given}, inverse_power(unit))
-
-
-def _is_zero(atol: Any) -> bool:
-    return isinstance(atol, (int, float)) and atol == 0
 
 
 def _answer(rule: LinearRule, state: Any, asked: _Asked) -> Measured:

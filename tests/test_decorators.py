@@ -352,3 +352,20 @@ def test_call_without_a_guess_names_it():
     solve = eqi.custom_root(CUBICS["same names"])(cubic_solver)
     with pytest.raises(TypeError, match="Pass `y0` as the first argument"):
         solve()
+
+
+def test_method_of_a_module_is_decorated_without_a_warning():
+    class Cubic(eqx.Module):
+        b: jax.Array
+
+        def solve(self, y0, a):
+            return cubic_solver(y0, a, self.b)
+
+    def slope(b):
+        method = Cubic(b).solve
+        optimality = lambda y, a: y**3 + y * b - a
+        return eqi.custom_root(optimality)(method)(jnp.array(0.3), 1.0)
+
+    root = cubic_solver(0.3, 1.0)
+    expected = -root / (3 * root**2 + 2)
+    np.testing.assert_allclose(jax.grad(slope)(jnp.array(2.0)), expected, rtol=1e-6)

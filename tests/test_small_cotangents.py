@@ -90,3 +90,19 @@ def test_entries_of_very_different_size_are_kept(n):
 
     gradient = jax.jit(jax.grad(total))(jnp.ones(n, jnp.float32))
     np.testing.assert_allclose(gradient, weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [4, 33])
+def test_derivative_does_not_depend_on_the_units_of_the_residual(n):
+    """In single precision, where the square of an adjoint of 1e20 is no number."""
+    with jax.enable_x64(False):
+        y = jnp.linspace(1.0, 2.0, n, dtype=jnp.float32)
+        unit = jnp.float32(1e-24)
+        fn = lambda y, a: unit * (y**2 + 0.1 * jnp.roll(y, 1) - a)
+        a = y**2 + 0.1 * jnp.roll(y, 1)
+        solution = lambda a: eqi.implicit_solution(eqi.Root(fn), y, a)
+        slope = jax.jit(jax.grad(lambda a: jnp.sum(solution(a))))(a)
+    jacobian = np.diag(2 * np.asarray(y, float)) + 0.1 * np.eye(n)[np.arange(n) - 1]
+    np.testing.assert_allclose(
+        slope, np.linalg.solve(jacobian.T, np.ones(n)), rtol=1e-4
+    )

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import AbstractLinearSolver, PyTree
+from .._state import max_abs
 from ._residual import dot, where, within, zeros_like
 
 _State = TypeVar("_State")
@@ -90,7 +91,7 @@ def approximate(
 
     That of a solver which is inexact by design, or has been measured before.
     """
-    bb, good = dot(vector, vector), jnp.isfinite(dot(x, x))
+    bb, good = dot(vector, vector), jnp.isfinite(max_abs(x))
     stats = {"residual_norm": residual_norm, **stats}
     return _answer(x, bb, good, regular, lx.RESULTS.singular, stats)
 

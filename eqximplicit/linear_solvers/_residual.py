@@ -22,6 +22,11 @@ from .._state import num_entries
 T = TypeVar("T")
 
 
+def is_zero(tolerance: Any) -> bool:
+    """Whether a tolerance is the number zero; a traced one may be anything."""
+    return isinstance(tolerance, (int, float)) and tolerance == 0
+
+
 def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:
     """Warns of a tolerance below the relative resolution `eps`; zero is meant."""
     known = isinstance(rtol, (int, float)) and isinstance(atol, (int, float))

@@ -8,7 +8,15 @@ from jaxtyping import Array
 
 from .._custom_types import PyTree
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
-from ._residual import dot, minus, norm, require_like, require_real, transposed_options
+from ._residual import (
+    dot,
+    is_zero,
+    minus,
+    norm,
+    require_like,
+    require_real,
+    transposed_options,
+)
 
 
 class NormalCGState(eqx.Module):
@@ -51,7 +59,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
 
     def __check_init__(self) -> None:
         """Refuses a solver that would never stop."""
-        if self.max_steps is None and self.rtol == 0 and self.atol == 0:
+        if self.max_steps is None and is_zero(self.rtol) and is_zero(self.atol):
             raise ValueError(
                 "Nothing stops `NormalCG()`: pass `max_steps`, `rtol` or `atol`."
             )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._custom_types import PyTree, ShapeDtypeStruct
@@ -58,7 +59,7 @@ class Nystrom(AbstractMeasuredSolver[NystromState]):
         """Refuses a rank or a ridge that is not positive."""
         if self.rank < 1:
             raise ValueError(f"`Nystrom(rank={self.rank})` must be at least 1.")
-        if self.rho <= 0:
+        if not isinstance(self.rho, Tracer) and self.rho <= 0:
             raise ValueError(
                 f"`Nystrom(rho={self.rho})` must be positive: a matrix of low rank has "
                 "no inverse without a ridge."

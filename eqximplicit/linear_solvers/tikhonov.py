@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import lineax as lx
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
@@ -43,7 +44,7 @@ class Tikhonov(AbstractMeasuredSolver[LeastNormState]):
 
     def __check_init__(self) -> None:
         """Refuses a damping that is not positive."""
-        if self.damping <= 0:
+        if not isinstance(self.damping, Tracer) and self.damping <= 0:
             raise ValueError(
                 f"`Tikhonov(damping={self.damping})` must be positive; for none at all "
                 "use `LeastNorm()`."

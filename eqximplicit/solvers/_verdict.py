@@ -37,7 +37,7 @@ def refuse_negative(name: str, **tolerances: Any) -> None:
             continue
         if not np.all((np.asarray(value) >= 0) & np.isfinite(value)):
             raise ValueError(
-                f"`{name}({field}=...)` must be finite and at least 0; got {value}."
+                f"`{name}({field}=...)` must be at least 0 and finite; got {value}."
             )
 
 
@@ -57,7 +57,7 @@ def check_window(name: str, window: Any) -> None:
     """Refuses a history of no pairs."""
     if not isinstance(window, int) or window < 1:
         raise ValueError(
-            f"`{name}(window=...)` must be a whole number of at least 1; got {window}."
+            f"`{name}(window=...)` must be at least 1, a whole number; got {window}."
         )
 
 

@@ -278,7 +278,9 @@ class VerifiedDescent(eqx.Module):
         near = ahead.distance <= self.rtol * length
         near = near & (ahead.gain <= self.rtol**2 * ahead.sensitivity)
         saddle = is_negative(ahead.lowest, ahead.largest, y, polished.gradient)
-        far = falls & (ahead.distance > FAR * jnp.maximum(length, 1))
+        # In half precision the tolerance is the wider one.
+        far = jnp.maximum(FAR, self.rtol) * jnp.maximum(length, 1)
+        far = falls & (ahead.distance > far)
         result = RESULTS.where(far, RESULTS.flat_objective, RESULTS.successful)
         result = RESULTS.where(saddle, RESULTS.saddle_point, result)
         unattainable = steep & falls & ~near

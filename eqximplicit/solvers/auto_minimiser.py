@@ -83,7 +83,9 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
         rtol = or_default(self.rtol, y)
         search = None
         if lx.positive_semidefinite_tag not in tags:
-            search = _by_size(y, self.dense_size, max(rtol, SEARCH_TOL))
+            plain = isinstance(rtol, float)
+            tol = max(rtol, SEARCH_TOL) if plain else jnp.maximum(rtol, SEARCH_TOL)
+            search = _by_size(y, self.dense_size, tol)
         return VerifiedDescent(
             search=search,
             objective=lambda value: value,
@@ -151,7 +153,7 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
 
 
 def _by_size(
-    y: Any, dense_size: int, tol: float
+    y: Any, dense_size: int, tol: Any
 ) -> optx.AbstractMinimiser[Any, Any, Any] | None:
     if not vs.one_dtype(y):
         return None  # optimistix's minimisers promote across leaves

@@ -1,6 +1,5 @@
 """The default root finder: one loop that goes on where Newton's method gives up."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from ._root_phases import is_over, Limits, read
 from ._root_vector import real_size
 from ._small_newton import is_small, newton_opening
 from ._vector_space import has_complex, one_dtype, real_dtype, zeros_like
+from ._verdict import refuse_negative
 
 _Fn = Callable[[Y, Any], tuple[PyTree[Array], Aux]]
 _State = DenseState[Any] | KrylovState[Any, Any]
@@ -111,14 +111,11 @@ class AutoRootFinder(
     krylov_above: int = 500
 
     def __check_init__(self) -> None:
-        for name in ("rtol", "atol", "max_restarts", "krylov_above"):
-            value = getattr(self, name)
-            if value is not None and not (0 <= value < math.inf):
-                raise ValueError(
-                    f"`AutoRootFinder({name}=...)` must be finite and not negative; "
-                    f"got {value}."
-                )
-        if self.atol is not None:
+        names = ("rtol", "atol", "max_restarts", "krylov_above")
+        refuse_negative(
+            "AutoRootFinder", **{name: getattr(self, name) for name in names}
+        )
+        if isinstance(self.atol, (int, float)):
             _warn_below_resolution(self.atol, jnp.result_type(float))
 
     def _limits(self, y: PyTree[Array]) -> Limits:

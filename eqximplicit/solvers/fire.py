@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import as_results, Aux, RESULTS, Y
@@ -100,7 +101,7 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
     shift: Callable[[Y, Y], Y] = _translate
 
     def __check_init__(self) -> None:
-        verdict.check_tolerances("FIRE", self.rtol, self.atol)
+        verdict.refuse_negative("FIRE", rtol=self.rtol, atol=self.atol)
         rules = {
             "dt_start": (0 < self.dt_start <= self.dt_max, "in (0, dt_max]"),
             "n_min": (self.n_min >= 0, "at least 0"),
@@ -115,7 +116,8 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
                 raise ValueError(
                     f"`FIRE({name}=...)` must be {range_}; got {getattr(self, name)}."
                 )
-        if self.atol > 0:  # zero is a way to ask for every step
+        # Zero is a way to ask for every step.
+        if not isinstance(self.atol, Tracer) and self.atol > 0:
             eps = float(jnp.finfo(jnp.result_type(float)).eps)
             verdict.warn_if_unreachable("FIRE", 0.0, self.atol, eps)
 
