@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, cast, ClassVar
 
 import equinox as eqx
 
@@ -47,7 +47,8 @@ class AbstractImplicitModule(eqx.Module):
         ```
     """
 
-    adjoint: ClassVar[AbstractAdjoint] = ImplicitAdjoint()
+    # Without an annotation: a field of a subclass keeps its place after the others.
+    adjoint = cast(AbstractAdjoint, ImplicitAdjoint())
     has_aux: ClassVar[bool] = False
 
     @abc.abstractmethod

@@ -161,3 +161,24 @@ def test_module_without_a_solver_is_abstract():
 
     with pytest.raises(TypeError, match="abstract"):
         Unsolved()
+
+
+class Shrunk(eqi.AbstractImplicitModule):
+    weight: jax.Array
+    adjoint: eqi.AbstractAdjoint = eqi.ImplicitAdjoint(eqi.DirectLU())
+
+    def objective(self, y, x):
+        return jnp.sum((y - x) ** 2) / 2 + self.weight * jnp.sum(y**2) / 2
+
+    def solve(self, y0, x):
+        del y0
+        return x / (1 + self.weight)
+
+
+def test_adjoint_may_be_a_field_after_the_others():
+    x = jnp.ones(2)
+    for given in ((), (eqi.ImplicitAdjoint(eqi.Neumann(1)),)):
+        slope = jax.grad(lambda w, given=given: jnp.sum(Shrunk(w, *given)(x, x)))(2.0)
+        # y = x / (1 + w); one Neumann term takes the inverse of 1 + w for one.
+        expected = -2 / 9 if not given else -2 / 3
+        np.testing.assert_allclose(slope, expected, rtol=1e-6)
