@@ -150,3 +150,23 @@ def test_outlook_does_not_depend_on_the_units():
     np.testing.assert_allclose(
         ahead.gain, slope @ np.linalg.solve(hessian, slope) / 2, rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("solve", ["minimise", "least squares"])
+def test_convex_problem_in_bfloat16_succeeds_wherever_it_lies(solve):
+    quartic = lambda z, x: jnp.sum(z**4 / 4 + z**2 / 2 - x * z)
+    condition = {
+        "minimise": eqi.Minimum(quartic),
+        "least squares": eqi.LeastSquares(lambda z, x: z**3 + z - x),
+    }[solve]
+    layer = eqi.ImplicitFunction(condition, throw=False)
+    draws = np.random.default_rng(0).normal(size=(64, 2), scale=2.0)
+    x = jnp.asarray(draws, jnp.bfloat16)
+    solution = jax.jit(jax.vmap(lambda x: layer.solve(jnp.zeros_like(x), x)))(x)
+    assert (solution.result == RESULTS.successful).all()
+    exact = np.vectorize(lambda x: np.roots([1.0, 0.0, 1.0, -x]).real[-1])
+    expected = exact(np.asarray(x, float))
+    tol = 8 * float(jnp.finfo(jnp.bfloat16).eps)  # the default
+    np.testing.assert_allclose(
+        np.asarray(solution.value, float), expected, rtol=tol, atol=tol
+    )
