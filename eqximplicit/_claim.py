@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree
 from ._state import max_abs
-from .linear_solvers._residual import dot
+from .linear_solvers._residual import inner
 from .solvers import _vector_space as vs
 from .solvers._curvature import extreme_curvatures, is_negative
 from .solvers._default import ROUNDINGS
@@ -40,7 +40,7 @@ class Claim(eqx.Module):
         """The square of the largest distance; `None` for no limit."""
         if self.distance is None:
             return None
-        return jnp.asarray(self.distance, vs.real_dtype(y)) ** 2 * (1 + dot(y, y))
+        return jnp.asarray(self.distance, vs.real_dtype(y)) ** 2 * (1 + inner(y, y))
 
 
 def is_saddle(

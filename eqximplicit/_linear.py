@@ -23,7 +23,7 @@ from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import dot, is_zero, norm, scale
+from .linear_solvers._residual import inner, is_zero, norm, scale
 from .linear_solvers._small import inverse_power
 from .linear_solvers.checked import checked
 
@@ -115,13 +115,13 @@ class Doubt(eqx.Module):
         self, vector: PyTree[Array], x: PyTree[Array]
     ) -> Bool[Array, ""]:
         """Whether the step is too long, along the cotangent `vector`."""
-        moved = dot(x, self.residual)
-        return lax.gt(moved * moved, self.allowed * dot(vector, vector))
+        moved = inner(x, self.residual)
+        return lax.gt(moved * moved, self.allowed * inner(vector, vector))
 
     def contradicts(self) -> Bool[Array, ""]:
         """Whether Newton's step is too long, by estimate."""
-        limit = self.allowed * dot(self.change, self.change)
-        return lax.gt(dot(self.residual, self.residual), limit)
+        limit = self.allowed * inner(self.change, self.change)
+        return lax.gt(inner(self.residual, self.residual), limit)
 
 
 def _solved(

@@ -51,14 +51,20 @@ def _leaf_dot(a: Array, b: Array) -> Float[Array, ""]:
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
 
 
-def square(x: PyTree[Array]) -> Float[Array, ""]:
-    """The square of the norm, for the body of a small loop: see `_reduce.py`."""
+def inner(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
+    """`dot`, for the body of a small loop or many small lanes: see `_reduce.py`."""
 
-    def leaf(a: Array) -> Float[Array, ""]:
+    def leaf(a: Array, b: Array) -> Float[Array, ""]:
         few = a.ndim == 1 and is_few(a, 0)
-        return total(lax.mul(a, a)) if few else _leaf_dot(a, a)
+        return total(lax.mul(a, b)) if few else _leaf_dot(a, b)
 
-    return functools.reduce(lax.add, map(leaf, jtu.tree_leaves(x)))
+    terms = map(leaf, jtu.tree_leaves(x), jtu.tree_leaves(y))
+    return functools.reduce(lax.add, terms)
+
+
+def square(x: PyTree[Array]) -> Float[Array, ""]:
+    """The square of the norm, as `inner`."""
+    return inner(x, x)
 
 
 def norm(x: PyTree[Array]) -> Float[Array, ""]:
