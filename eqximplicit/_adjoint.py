@@ -19,7 +19,7 @@ from ._custom_types import check_instance, LinearSolver, PyTree
 from ._implicit import implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import is_successful, RESULTS, where_result
-from ._state import stop_gradient
+from ._state import greatest, stop_gradient
 from .linear_solvers import AutoLinearSolver
 from .solvers import AbstractHostSolver, AutoRootFinder, Broyden, FIRE
 
@@ -98,25 +98,19 @@ def _claim_of(solver: Any, condition: AbstractCondition[Any, Any]) -> Claim | No
     """What `solver` claims by reporting success; `None` if nothing is to be tested.
 
     optimistix's own solvers are held to a distance, and root finders that judge by the
-    residual alone; `FIRE` and SciPy to having found a minimum. A callable has claimed
-    nothing, and the other solvers of this package measure what they claim.
+    residual alone; `FIRE` and host solvers to having found a minimum. A callable has
+    claimed nothing, and the other solvers of this package measure what they claim.
     """
     theirs = type(solver).__module__.partition(".")[0] == "optimistix"
     distance = None
     if theirs and not isinstance(solver, _MEASURED):
-        distance = _largest(_SLACK * solver.rtol, _SLACK * solver.atol, _DIGITS)
+        distance = greatest(_SLACK * solver.rtol, _SLACK * solver.atol, _DIGITS)
     elif isinstance(solver, _BY_RESIDUAL):
         distance = _DIGITS
     extremal = isinstance(condition, (Minimum, LeastSquares))
     minimum = extremal and (theirs or isinstance(solver, (FIRE, AbstractHostSolver)))
     claims = distance is not None or minimum
     return Claim(distance, minimum) if claims else None
-
-
-def _largest(*values: Any) -> Any:
-    if all(isinstance(value, float) for value in values):
-        return max(values)
-    return functools.reduce(jnp.maximum, values)
 
 
 class ImplicitAdjoint(AbstractAdjoint):

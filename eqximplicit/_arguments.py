@@ -63,10 +63,10 @@ class Arguments(eqx.Module):
                 continue  # the solver will miss it
             value = kwargs.get(name, parameter.default)
             positional = parameter.kind in _POSITIONAL
-            if takes.name(name):
+            if parameter.kind in _NAMED and takes.name(name):
                 kwargs[name] = value
                 waiting += [name] if positional else []
-            elif positional and takes.place(len(args) + len(waiting), given):
+            elif positional and takes.place(len(args) + len(waiting), name, given):
                 args += [*(kwargs.pop(earlier) for earlier in waiting), value]
                 kwargs.pop(name, None)
                 waiting = []
@@ -87,13 +87,14 @@ class _Takes:
     def name(self, name: str) -> bool:
         return name in self.names or self.any_name
 
-    def place(self, index: int, given: bool) -> bool:
+    def place(self, index: int, name: str, given: bool) -> bool:
         """Whether it takes one more; of what is not `given`, only what it needs.
 
-        A place whose name the solver knows too is for the argument of that name.
+        A place whose name the solver knows too is for the argument of that `name`.
         """
         if index >= len(self.places):
             return given and self.any_place
         place = self.places[index]
-        needed = place.default is inspect.Parameter.empty
-        return place.name not in self.solver and (given or needed)
+        if place.name in self.solver:
+            return place.name == name
+        return given or place.default is inspect.Parameter.empty

@@ -206,7 +206,7 @@ def _at_a_point(
     so much is uncertain of `A`, relative to `t`.
     """
     ours = isinstance(rule.solver, AbstractMeasuredSolver)
-    if not ours or not lx.is_symmetric(operator) or operator.in_size() == 0:
+    if not ours or not lx.is_symmetric(operator):
         return rule.options
     size = norm(y)
     error = _UNSURE * norm(value) / jnp.where(size > 0, size, jnp.inf)

@@ -279,6 +279,13 @@ def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:
     return functools.reduce(jnp.maximum, peaks)
 
 
+def greatest(*values: Any) -> Any:
+    """The greatest of some scalars; a number if all of them are."""
+    if all(isinstance(value, (int, float)) for value in values):
+        return max(values)
+    return functools.reduce(jnp.maximum, values)
+
+
 def select(
     pred: Bool[Array, ""], on_true: PyTree[Array], on_false: PyTree[Array]
 ) -> PyTree[Array]:

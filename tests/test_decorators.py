@@ -348,6 +348,27 @@ def test_default_of_the_solver_alone_is_no_argument_of_the_condition():
         np.testing.assert_allclose(slope, 1 / (3 * root**2 + 2), rtol=1e-6)
 
 
+def strict_cubic_solver(y0, a, b=2.0, /):
+    return cubic_solver(y0, a, b)
+
+
+@pytest.mark.parametrize(
+    "optimality",
+    [
+        CUBICS["same names"],
+        CUBICS["another default"],
+        lambda y, a, b, /: y**3 + y * b - a,
+    ],
+    ids=["same names", "another default", "positional only"],
+)
+def test_positional_only_default_reaches_the_condition(optimality):
+    for solver in (strict_cubic_solver, cubic_solver):
+        solve = eqi.custom_root(optimality)(solver)
+        slope = jax.grad(lambda a, solve=solve: solve(jnp.array(0.3), a))(1.0)
+        root = cubic_solver(0.3, 1.0)
+        np.testing.assert_allclose(slope, 1 / (3 * root**2 + 2), rtol=1e-6)
+
+
 def test_call_without_a_guess_names_it():
     solve = eqi.custom_root(CUBICS["same names"])(cubic_solver)
     with pytest.raises(TypeError, match="Pass `y0` as the first argument"):

@@ -393,3 +393,17 @@ def test_raised_failure_says_what_the_host_said():
         eqi.SolveError, match="ZeroDivisionError: no such thing; correct"
     ):
         layer(jnp.array(1.0), 2.0)
+
+
+def test_failure_is_not_explained_by_an_earlier_one():
+    def boom(y, args):
+        raise ZeroDivisionError("no such thing")
+
+    condition = eqi.Root(lambda y, a: y - a)
+    earlier = eqi.ImplicitFunction(condition, eqi.HostSolver(boom), throw=False)
+    earlier(jnp.array(1.0), 2.0)
+    rootless = eqi.Root(lambda y, a: y**2 + a)
+    layer = eqi.ImplicitFunction(rootless, eqi.ScipyRoot())
+    with pytest.raises(eqi.SolveError) as caught:
+        layer(jnp.array(1.0), 2.0)
+    assert "no such thing" not in str(caught.value)

@@ -1,6 +1,5 @@
 """A lineax solver whose answer is measured instead of believed."""
 
-import functools
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +11,7 @@ from jaxtyping import Array, Bool
 
 from .._custom_types import LinearSolver, PyTree, ShapeDtypeStruct
 from .._solution import is_successful
+from .._state import greatest
 from ._dense import residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import check_bytes, dot, epsilon, minus, norm, size, structure
@@ -28,11 +28,6 @@ def checked(solver: LinearSolver) -> LinearSolver:
     """
     ours = isinstance(solver, AbstractMeasuredSolver)
     return solver if ours or not solver.assume_full_rank() else Checked(solver)
-
-
-def _largest(x: Any, y: Any) -> Any:
-    plain = all(isinstance(value, (int, float)) for value in (x, y))
-    return max(x, y) if plain else jnp.maximum(x, y)
 
 
 class CheckedState(eqx.Module):
@@ -114,10 +109,9 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     def _limit(self, vector: PyTree[Array]) -> Any:
         # Other norms than ours decide when an iteration has done what it was asked for.
         slack = _SLACK * size(vector) ** 0.5
-        asked = (getattr(self.solver, name, 0.0) for name in ("rtol", "atol"))
-        return functools.reduce(
-            _largest, (slack * tol for tol in asked), residual_limit(epsilon(vector))
-        )
+        asked = [getattr(self.solver, name, 0.0) for name in ("rtol", "atol")]
+        limit = residual_limit(epsilon(vector))
+        return greatest(limit, *(slack * tol for tol in asked))
 
     @property
     def atol(self) -> Any:

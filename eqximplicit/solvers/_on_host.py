@@ -191,6 +191,7 @@ def solve_on_host(
     args: Any,
 ) -> tuple[Any, RESULTS, dict[str, Any]]:
     """Returns what `algorithm` makes of `fn`, through the boundary to the host."""
+    forget_failure()
     dtype = _widest(y0)
     closed = eqx.filter_closure_convert(fn, y0, args)
     arrays, static = eqx.partition((closed, args), eqx.is_array)
@@ -246,15 +247,19 @@ def _guarded(
 
 
 def report_failure(sentence: str) -> None:
-    """Logs why host code failed, and keeps it for whoever raises next."""
+    """Logs why host code failed, and keeps it for whoever raises that."""
     LOGGER.error(sentence)
     _last.sentence = sentence
 
 
+def forget_failure() -> None:
+    """Forgets why host code failed; a solve begins with that."""
+    _last.sentence = None
+
+
 def last_failure() -> str | None:
-    """Why host code last failed on this thread, asked for once."""
-    sentence, _last.sentence = getattr(_last, "sentence", None), None
-    return sentence
+    """Why host code failed in the last solve on this thread, if by an exception."""
+    return getattr(_last, "sentence", None)
 
 
 def sentence_of(solver: object, error: BaseException) -> str:

@@ -10,6 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Scalar
 
 from .._solution import Aux, Y
+from .._state import greatest
 from ..linear_solvers._small import is_placed
 from . import _vector_space as vs
 from ._verdict import check_tolerances, or_default
@@ -83,9 +84,7 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
         rtol = or_default(self.rtol, y)
         search = None
         if lx.positive_semidefinite_tag not in tags:
-            plain = isinstance(rtol, float)
-            tol = max(rtol, SEARCH_TOL) if plain else jnp.maximum(rtol, SEARCH_TOL)
-            search = _by_size(y, self.dense_size, tol)
+            search = _by_size(y, self.dense_size, greatest(rtol, SEARCH_TOL))
         return VerifiedDescent(
             search=search,
             objective=lambda value: value,

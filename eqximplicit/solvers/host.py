@@ -14,6 +14,7 @@ from ._on_host import (
     AbstractHostSolver,
     as_result,
     FAILED,
+    forget_failure,
     Kind,
     OK,
     report_failure,
@@ -92,6 +93,7 @@ def _refuse(primals: Any, tangents: Any) -> Any:
 
 def _call_host(solver: HostSolver, y0: Any, args: Any, *, throw: bool) -> Any:
     """Returns `(y, code)` from the host, `y` shaped as `y0`."""
+    forget_failure()
     arrays, static = eqx.partition((solver.solver, y0, args), eqx.is_array)
     y_arrays = jtu.tree_map(jnp.asarray, y0)
     struct = (jax.eval_shape(lambda: y_arrays), jax.ShapeDtypeStruct((), jnp.int32))
