@@ -11,14 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from ._custom_types import PyTree
 from ._state import max_abs
-from .linear_solvers._residual import inner
-from .solvers import _vector_space as vs
 from .solvers._curvature import extreme_curvatures, is_negative
 from .solvers._default import ROUNDINGS
 
@@ -35,12 +32,6 @@ class Claim(eqx.Module):
 
     distance: Any
     minimum: bool = eqx.field(static=True)
-
-    def allowed(self, y: PyTree[Array]) -> Float[Array, ""] | None:
-        """The square of the largest distance; `None` for no limit."""
-        if self.distance is None:
-            return None
-        return jnp.asarray(self.distance, vs.real_dtype(y)) ** 2 * (1 + inner(y, y))
 
 
 def is_saddle(

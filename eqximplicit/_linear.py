@@ -23,7 +23,7 @@ from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import inner, is_zero, norm, scale
+from .linear_solvers._residual import inners, is_zero, norm, scale, square
 from .linear_solvers._small import inverse_power
 from .linear_solvers.checked import checked
 
@@ -99,7 +99,7 @@ class Doubt(eqx.Module):
     r"""The residual of a value that is claimed to be a solution.
 
     Newton's step from the value, $A^{-1} F$, is its distance from a solution, and must
-    not exceed the square root of `allowed` in length. A cotangent tells as much of it
+    not exceed `distance` times $\sqrt{1 + \|y\|^2}$. A cotangent tells as much of it
     as the derivative depends on: $\langle \bar y, A^{-1} F\rangle = \langle
     A^{-T}\bar y, F\rangle$. A tangent tells nothing, and the step is estimated by
     $\|F\| / \|A v\|$: with entries of $v$ of order one and no pattern, $\|A v\|$ is
@@ -107,21 +107,27 @@ class Doubt(eqx.Module):
     singular values are alike, and about its length at most whatever they are.
     """
 
+    y: PyTree[Array]
     residual: PyTree[Array]
-    allowed: Float[Array, ""]
+    distance: Float[Array, ""]
     change: PyTree[Array]  # A v
 
     def contradicts_cotangent(
         self, vector: PyTree[Array], x: PyTree[Array]
     ) -> Bool[Array, ""]:
         """Whether the step is too long, along the cotangent `vector`."""
-        moved = inner(x, self.residual)
-        return lax.gt(moved * moved, self.allowed * inner(vector, vector))
+        yy, moved = inners((self.y, self.y), (x, self.residual))
+        return lax.gt(moved * moved, self._allowed(yy) * square(vector))
 
     def contradicts(self) -> Bool[Array, ""]:
         """Whether Newton's step is too long, by estimate."""
-        limit = self.allowed * inner(self.change, self.change)
-        return lax.gt(inner(self.residual, self.residual), limit)
+        vectors = self.y, self.residual, self.change
+        yy, ff, changed = inners(*zip(vectors, vectors, strict=True))
+        return lax.gt(ff, self._allowed(yy) * changed)
+
+    def _allowed(self, yy: Float[Array, ""]) -> Float[Array, ""]:
+        """The square of the longest step."""
+        return self.distance**2 * (1 + yy)
 
 
 def _solved(
@@ -187,10 +193,10 @@ def _examined(
     if claim.minimum:
         trusted = rule.trusted & ~is_saddle(y, value, mv)
         rule = dataclasses.replace(rule, trusted=trusted)
-    allowed = claim.allowed(y)
-    if allowed is None:
+    if claim.distance is None:
         return rule, None
-    return rule, Doubt(value, allowed, mv(jtu.tree_map(_even, y)))
+    distance = jnp.asarray(claim.distance, real_dtype(y))
+    return rule, Doubt(y, value, distance, mv(jtu.tree_map(_even, y)))
 
 
 def _at_a_point(
