@@ -1,5 +1,6 @@
 """Running a solver that keeps its own loop: a host solver, or a bare callable."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -99,11 +100,22 @@ def _not_traceable(
     )
 
 
+def _check_numbers(out: Any) -> None:
+    for path, leaf in jtu.tree_leaves_with_path(out):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            raise ValueError(
+                f"The solver returned {describe(leaf)} as `{leaf_name('out', path)}`, "
+                "where a solution has numbers and arrays. Return these alone: of a "
+                "SciPy `OptimizeResult`, its `x`."
+            )
+
+
 def _check_solution(out: Any, y0: Any, has_aux: bool) -> None:
     """Refuses what is no state, or not shaped as the guess, if that is a state."""
     guess = as_state(y0) if jtu.tree_leaves(y0) else None
 
     def check(out: Any) -> None:
+        _check_numbers(out)
         y = as_state(out)
         if guess is not None:
             check_same_shapes("The solver's solution", y, guess)

@@ -11,6 +11,7 @@ import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
+import scipy.optimize
 
 import eqximplicit as eqi
 
@@ -168,6 +169,12 @@ def test_solution_of_another_shape_than_the_guess_is_refused():
 def test_solver_that_returns_nothing_is_refused():
     with pytest.raises(ValueError, match="empty"):
         root(lambda y, _: y, y0=jnp.zeros(2), solver=lambda y0, _: None)
+
+
+def test_solver_that_returns_the_report_of_scipy_is_refused_with_a_remedy():
+    report = scipy.optimize.OptimizeResult(x=np.zeros(2), success=True)
+    with pytest.raises(ValueError, match="returned an object of type OptimizeResult.*"):
+        root(lambda y, _: y, jnp.zeros(2), lambda y0, args: report)
 
 
 def test_missing_aux_of_a_callable_solver_is_refused():

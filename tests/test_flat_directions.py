@@ -112,3 +112,15 @@ def test_right_hand_side_off_the_range_fails_however_the_operator_is_known():
     b = jnp.asarray(basis[:, 0] + 1e-2 * basis[:, -1])
     out = solve(b, DirectSymmetric(), options={"operator_error": 1.0})
     assert bool(out.result == lx.RESULTS.singular)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_minimum_without_curvature_has_no_derivative(n):
+    """At `y = a` it is one, yet the Hessian and the mixed derivative are zero."""
+    solver = lambda y0, a: jnp.broadcast_to(a, y0.shape)
+    layer = eqi.ImplicitFunction(
+        eqi.Minimum(lambda y, a: jnp.sum((y - a) ** 4)), solver
+    )
+    solution = lambda a: layer(jnp.zeros(n), a)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        assert np.isnan(jax.jit(jacobian(solution))(jnp.array(2.0))).all()

@@ -77,7 +77,9 @@ def inners(*pairs: tuple[PyTree[Array], PyTree[Array]]) -> list[Float[Array, ""]
 
     leaves = (zip(*map(jtu.tree_leaves, pair), strict=True) for pair in pairs)
     terms = map(leaf, *leaves)
-    return [functools.reduce(lax.add, summands) for summands in zip(*terms, strict=True)]
+    return [
+        functools.reduce(lax.add, summands) for summands in zip(*terms, strict=True)
+    ]
 
 
 def norm(x: PyTree[Array]) -> Float[Array, ""]:

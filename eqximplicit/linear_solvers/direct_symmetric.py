@@ -120,6 +120,8 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
 
         def by_lane() -> tuple[Array, Array, Array]:
             vectors, weights, soft = _spectral(matrix, rcond, zero)
+            # No curvature at all tells nothing, whatever the right-hand side.
+            weights = jnp.where(size > 0, weights, jnp.nan)
             return jnp.where(regular, factor, vectors), weights, soft & ~regular
 
         factor, weights, soft = jax.lax.cond(
@@ -148,6 +150,7 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
             dot(b, b),
             rtol=rtol,
             atol=atol,
+            regular=jax.lax.is_finite(state.weights[0]),
             residual_norm=norm(residual),
             singular=~state.regular,
         )
