@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 
 import eqximplicit as eqi
 
@@ -28,6 +29,8 @@ with warnings.catch_warnings():  # jaxopt announces on import that nobody mainta
 
 Solve = Callable[[Any], Any]
 OURS, MATCHED, BY_HAND = "eqximplicit", "eqximplicit, matched", "by hand"
+# As `by hand`, but for the linear system, which is left to the solver of `MATCHED`.
+SAME = "rule by hand"
 
 
 class Workload(NamedTuple):
@@ -106,6 +109,17 @@ def dense_adjoint(transposed: Callable[[Any], Any], ct: Any) -> Any:
     eye = jnp.eye(ct.size, dtype=ct.dtype)
     rows = jax.vmap(transposed)(eye)
     return jnp.linalg.solve((eye - rows).T, ct)
+
+
+def lineax_adjoint(solver: lx.AbstractLinearSolver[Any]) -> Callable[..., Any]:
+    """Solves `u = ct + Jᵀ u` by a lineax solver."""
+
+    def solve(transposed: Callable[[Any], Any], ct: Any) -> Any:
+        mv = lambda u: jax.tree.map(operator.sub, u, transposed(u))
+        system = lx.FunctionLinearOperator(mv, jax.eval_shape(lambda: ct))
+        return lx.linear_solve(system, ct, solver, throw=False).value
+
+    return solve
 
 
 def fixed_point_by_hand(

@@ -23,13 +23,14 @@ import jax  # isort: skip  (on the core that the line before has chosen)
 import approximations
 import memory
 import timing
-from common import BY_HAND, MATCHED, OURS, Workload
+from common import BY_HAND, MATCHED, OURS, SAME, Workload
 from timing import FirstCall
 from workloads import WORKLOADS
 
 LIBRARIES = (OURS, MATCHED, "optimistix", "jaxopt", "unrolled")
 FIRST_LIMIT = 1.3
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # host solvers stay on the CPU
+RULE_LIMITS = (1.1, 1.2)  # of the gradient and the first call
 MEAN_LIMITS = {"gradient": 1.05, "first call": 1.2}
 
 
@@ -210,6 +211,25 @@ def targets(results: Results) -> str:
     return "\n".join(lines)
 
 
+def against_rule(results: Results) -> str:
+    """What the rule costs, apart from the forward loop and the linear solver."""
+    lines = [
+        "| workload | gradient: limit | matched | first call: limit | matched |",
+        "|---" * 5 + "|",
+    ]
+    for workload, rows in results.values():
+        if SAME not in rows or MATCHED not in rows:
+            continue
+        ours, rule = rows[MATCHED], rows[SAME]
+        found = ours.gradient / rule.gradient, first_of(ours) / first_of(rule)
+        cells = [
+            f" {limit} | {verdict(value, limit)} |"
+            for value, limit in zip(found, RULE_LIMITS, strict=True)
+        ]
+        lines.append(f"| {workload.title} |" + "".join(cells))
+    return "\n".join(lines)
+
+
 def machine() -> str:
     """What it ran on."""
     try:
@@ -278,6 +298,14 @@ The problems are in `benchmarks/workloads.py` and `benchmarks/bilevel.py`. Furth
 scripts: `sparse.py` (2-D diffusion, too), `linear_solvers.py`, `root_finders.py`,
 `fixed_points.py`."""
 
+RULE = f"""\
+## Against a rule by hand with the same linear solver
+
+`{SAME}` is a `custom_vjp` around the loop by hand whose backward pass calls
+`lx.linear_solve` with the linear solver of `matched`, which measures its answer. What
+`matched` needs beside that is optimistix's loop, and to be NaN where the derivative is
+not to be trusted."""
+
 FIRST_CALL = """\
 ## Paying less for the first call
 
@@ -312,6 +340,7 @@ def page(results: Results, extras: Extras) -> str:
         INTRODUCTION,
         f"Measured on: {machine()} {extras.effort}",
         "## What is aimed at\n\n" + targets(results),
+        RULE + "\n\n" + against_rule(results),
         f"## Geometric means\n\nAimed at: {limits}.\n\n" + means(results),
         "![Ratios to code by hand](benchmarks.png)",
         FIRST_CALL,

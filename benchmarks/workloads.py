@@ -23,10 +23,12 @@ from common import (
     jaxopt,
     jaxopt_linear,
     layer_call,
+    lineax_adjoint,
     MATCHED,
     OURS,
     picard,
     picard_adjoint,
+    SAME,
     Solve,
     sum_of_squares,
     unrolled,
@@ -91,6 +93,7 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
         OURS: layer_call(ours, z0),
         MATCHED: layer_call(matched, z0),
         BY_HAND: by_hand(picard_adjoint(adjoint_rtol)),
+        SAME: by_hand(lineax_adjoint(eqi.Neumann(rtol=adjoint_rtol))),
         "optimistix, GMRES": tanh_optimistix(
             tol, z0, lx.GMRES(rtol=adjoint_rtol, atol=adjoint_rtol)
         ),
@@ -263,6 +266,9 @@ def pair() -> Workload:
         OURS: layer_call(eqi.ImplicitFunction(condition, solver, throw=False), x0),
         MATCHED: layer_call(eqi.ImplicitFunction(condition, plain, throw=False), x0),
         BY_HAND: fixed_point_by_hand(pair_map, x0, tol, pair_adjoint),
+        SAME: fixed_point_by_hand(
+            pair_map, x0, tol, lineax_adjoint(eqi.AutoLinearSolver())
+        ),
         "optimistix": optimistix,
         "jaxopt": with_jaxopt,
         "unrolled": unrolled(pair_map, x0, 60),
