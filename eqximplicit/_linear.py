@@ -22,9 +22,9 @@ from ._custom_types import LinearSolver, PyTree
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
+from .linear_solvers._closed_form import inverse_power
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
 from .linear_solvers._residual import inners, is_zero, norm, scale, square
-from .linear_solvers._small import inverse_power
 from .linear_solvers.checked import checked
 
 # Options that are a guess of the solution, and of that of the transposed system.

@@ -265,3 +265,15 @@ def test_singular_lane_of_any_lineax_solver_is_nan(solver):
     found = slope(jnp.ones(3), matrices)
     assert np.isnan(found[0]).all()
     np.testing.assert_allclose(found[1], np.linalg.inv(regular)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [lx.QR(), lx.LU(), lx.AutoLinearSolver(True)])
+def test_consistent_singular_system_of_a_direct_solver_has_no_derivative(solver):
+    """Elimination ends finite there, and the residual of its answer is small."""
+    matrix = jnp.arange(1.0, 10.0).reshape(3, 3)
+    condition = eqi.Root(lambda y, a: matrix @ (y - a))
+    solution = lambda a: eqi.implicit_solution(
+        condition, jnp.ones(3), a, linear_solver=solver
+    )
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        assert np.isnan(jacobian(solution)(jnp.ones(3))).all()

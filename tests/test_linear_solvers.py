@@ -267,6 +267,67 @@ def test_rank_deficient_matrix_fails_even_if_consistent(n, dtype):
     assert not ok
 
 
+# Matrices near one of rank one, of which the determinant cancels twice.
+NEAR_ONES = [
+    (np.float64, 1e-6, 1e-8),
+    (np.float64, 1e-9, 1e-5),
+    (np.float32, 5e-3, 1e-4),
+    (np.float32, 3e-4, 2e-3),
+]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize(("dtype", "apart", "error"), NEAR_ONES)
+def test_matrix_near_rank_one_is_solved(n, dtype, apart, error):
+    matrix = np.ones((n, n)) + apart * np.diag([1.0, -2.0, 3.0, 1.5][:n])
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix, dtype))
+    matrix = np.asarray(operator.matrix, float)
+    b = jnp.asarray([1.0, -2.0, 0.5, 0.25][:n], dtype)
+    for system, dense in ((operator, matrix), (operator.T, matrix.T)):
+        out = lx.linear_solve(system, b, AutoLinearSolver(), throw=False)
+        assert bool(out.result == lx.RESULTS.successful)
+        expected = np.linalg.solve(dense, np.asarray(b, float))
+        assert np.linalg.norm(
+            np.asarray(out.value) - expected
+        ) < error * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrix_of_rank_one_fails_even_if_consistent(dtype):
+    rng = np.random.default_rng(RNG_SEED)
+    for _ in range(5):
+        column, row = rng.normal(size=(2, 3))
+        operator = lx.MatrixLinearOperator(jnp.asarray(np.outer(column, row), dtype))
+        b = jnp.asarray(column, dtype)
+        out = lx.linear_solve(operator, b, AutoLinearSolver(), throw=False)
+        assert not bool(out.result == lx.RESULTS.successful)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "condition", "error"), [(np.float64, 1e10, 1e-5), (np.float32, 2e4, 1e-2)]
+)
+def test_regular_matrix_needs_no_consistent_right_hand_side(dtype, condition, error):
+    """Indefinite ones, such as those of saddle points, however ill-conditioned."""
+    rng = np.random.default_rng(RNG_SEED)
+    basis = np.linalg.qr(rng.normal(size=(10, 10)))[0]
+    values = np.geomspace(1, 1 / condition, 10) * (-1.0) ** np.arange(10)
+    matrix = jnp.asarray(basis @ np.diag(values) @ basis.T, dtype)
+    matrix, b = (matrix + matrix.T) / 2, jnp.asarray(rng.normal(size=10), dtype)
+    expected = np.linalg.solve(np.asarray(matrix, float), np.asarray(b, float))
+    symmetric = lx.MatrixLinearOperator(matrix, lx.symmetric_tag)
+    solves = (
+        (symmetric, AutoLinearSolver()),
+        (symmetric, LeastNorm()),
+        (lx.MatrixLinearOperator(matrix), LeastNorm()),
+    )
+    for operator, solver in solves:
+        out = lx.linear_solve(operator, b, solver, throw=False)
+        assert bool(out.result == lx.RESULTS.successful)
+        assert np.linalg.norm(
+            np.asarray(out.value) - expected
+        ) < error * np.linalg.norm(expected)
+
+
 def test_badly_scaled_regular_matrix_is_not_called_singular():
     rng = np.random.default_rng(RNG_SEED)
     for n in (2, 3, 12):
@@ -625,9 +686,15 @@ def test_square_solvers_refuse_rectangular_and_complex_systems():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Neumann(0), "has no terms"),
+        (lambda: Neumann(0), "num_terms=0.* at least 1"),
+        (lambda: Neumann(rtol=-1.0), "`Neumann.rtol=.* at least 0"),
+        (lambda: HybridKrylov(rtol=-1.0), "at least 0"),
+        (lambda: HybridKrylov(atol=float("nan")), "finite"),
+        (lambda: HybridKrylov(restart=-1), "restart=-1"),
+        (lambda: AutoLinearSolver(rtol=-1.0), "at least 0"),
         (lambda: NormalCG(), "Nothing stops"),
-        (lambda: NormalCG(max_steps=0), "takes no step"),
+        (lambda: NormalCG(max_steps=0), "max_steps=0.* at least 1"),
+        (lambda: NormalCG(rtol=-1e-3), "at least 0"),
         (lambda: Nystrom(0), "at least 1"),
         (lambda: Nystrom(2, rho=0.0), "must be positive"),
         (lambda: Tikhonov(0.0), "must be positive"),

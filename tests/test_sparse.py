@@ -678,3 +678,21 @@ def test_default_asks_the_iterations_where_elimination_has_no_answer():
     # A sine is an eigenvector.
     exact = x / (4 * np.sin(np.pi / (2 * (n + 1))) ** 2)
     np.testing.assert_allclose(gradient, exact, rtol=0.05, atol=0.01 * exact.max())
+
+
+def test_products_that_do_not_fit_are_refused_with_their_bytes():
+    """A dense row and a dense column: every column has a colour of its own."""
+
+    def arrow(y, a):
+        first = 10 * y[:1] + 0.1 * jnp.sum(y[1:])
+        return jnp.concatenate([first, 3 * y[1:] + 0.2 * y[0]]) - a
+
+    y, small = jnp.ones(400), eqi.SparseDirect(max_bytes=10_000)
+    solution = lambda a, solver: eqi.implicit_solution(
+        eqi.Root(arrow), y, a, linear_solver=solver
+    )
+    with pytest.raises(ValueError, match="would materialise a 400 x 400 .* 1280000 b"):
+        jax.jacfwd(lambda a: solution(a, small))(1.0)
+    slope = jax.jacfwd(lambda a: solution(a, eqi.SparseDirect()))(1.0)
+    matrix = np.asarray(jax.jacfwd(lambda y: arrow(y, 0.0))(y))
+    np.testing.assert_allclose(slope, np.linalg.solve(matrix, np.ones(400)), rtol=1e-12)

@@ -167,7 +167,7 @@ def check_bytes(rows: int, cols: int, itemsize: int, max_bytes: int, who: str) -
             f"`{who}` would materialise a {rows} x {cols} matrix of {needed} bytes "
             f"({needed / 2**30:.3g} GiB), more than `max_bytes={max_bytes}`. Use a "
             "matrix-free solver (`HybridKrylov()`, `Neumann(...)`), a sparse one, or "
-            f"raise `max_bytes`: `{who}(max_bytes={needed})`."
+            f"pass `max_bytes={needed}`."
         )
 
 

@@ -8,6 +8,7 @@ import lineax as lx
 from jaxtyping import Array
 
 from .._custom_types import PyTree
+from .._ranges import refuse_below, refuse_negative
 from ._dense import MAX_BYTES
 from ._measured import AbstractMeasuredSolver, Measured
 from ._pattern import narrow_structure
@@ -95,6 +96,11 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     dense_size: int = eqx.field(default=DENSE_SIZE, static=True)
     fallback_size: int = eqx.field(default=FALLBACK_SIZE, static=True)
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
+
+    def __check_init__(self) -> None:
+        """Refuses negative tolerances, and no step at all."""
+        refuse_negative("AutoLinearSolver", rtol=self.rtol, rcond=self.rcond)
+        refuse_below("AutoLinearSolver", 1, max_steps=self.max_steps)
 
     def select(self, operator: lx.AbstractLinearOperator) -> Selection:
         """Returns the solver for `operator`, and why; decided without any product.

@@ -18,6 +18,15 @@ from ._residual import check_bytes, dot, epsilon, minus, norm, size, structure
 
 # How much more than it was asked for an iterative solver may leave.
 _SLACK = 10.0
+# Elimination, which often ends finite for a singular matrix.
+_DIRECT = (
+    lx.LU,
+    lx.QR,
+    lx.Cholesky,
+    lx.Triangular,
+    lx.Tridiagonal,
+    lx.AutoLinearSolver,
+)
 
 
 def checked(solver: LinearSolver) -> LinearSolver:
@@ -27,7 +36,9 @@ def checked(solver: LinearSolver) -> LinearSolver:
     systems need not have small residuals.
     """
     ours = isinstance(solver, AbstractMeasuredSolver)
-    return solver if ours or not solver.assume_full_rank() else Checked(solver)
+    if ours or not solver.assume_full_rank():
+        return solver
+    return Checked(solver, probe=isinstance(solver, _DIRECT))
 
 
 class CheckedState(eqx.Module):

@@ -1,6 +1,6 @@
 """A symmetric system: Cholesky, and the pseudo-inverse where that does not exist."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._lanes import any_lane
+from ._closed_form import inverse
 from ._dense import (
     consistency_limit,
     materialised,
@@ -24,44 +25,54 @@ from ._dense import (
 )
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import dot, epsilon, norm, structure
-from ._small import dense, inverse, LARGEST
+from ._small import dense, LARGEST
 
 
 class SymmetricState(eqx.Module):
     """A factorised symmetric matrix.
 
-    `factor` is the Cholesky factor where `regular` (for `n <= 3` the inverse). It holds
-    the eigenvectors elsewhere, and `weights` the inverse eigenvalues, zero for those
-    left out; `soft` is whether one of these is not zero to rounding. `error` is how far
-    off the matrix itself may be, in norm; `sign` is -1 for one tagged negative.
+    `factor` is the Cholesky factor where `definite` (for `n <= 3` the inverse). It
+    holds the eigenvectors elsewhere, and `weights` the inverse eigenvalues, zero for
+    those left out; `soft` is whether one of these is not zero to rounding, and `whole`
+    that there is none. `error` is how far off the matrix itself may be, in norm;
+    `sign` is -1 for one tagged negative.
     """
 
     matrix: Float[Array, "n n"]
     factor: Float[Array, "n n"]
     weights: Float[Array, " n"]
-    regular: Bool[Array, ""]
+    definite: Bool[Array, ""]
+    whole: Bool[Array, ""]
     soft: Bool[Array, ""]
     error: Float[Array, ""]
     sign: int = eqx.field(static=True)
 
 
+class _Spectral(NamedTuple):
+    """Eigenvectors, inverse eigenvalues, and which of these were left out."""
+
+    vectors: Float[Array, "n n"]
+    weights: Float[Array, " n"]
+    whole: Bool[Array, ""]
+    soft: Bool[Array, ""]
+
+
 def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n n"]:
     """The pseudo-inverse of a symmetric matrix, by its eigenvectors."""
-    vectors, weights, _ = _spectral(matrix, rcond, rcond)
-    return (vectors * weights[None, :]) @ vectors.T
+    found = _spectral(matrix, rcond, rcond)
+    return (found.vectors * found.weights[None, :]) @ found.vectors.T
 
 
-def _spectral(
-    matrix: Float[Array, "n n"], rcond: float, zero: float
-) -> tuple[Float[Array, "n n"], Float[Array, " n"], Bool[Array, ""]]:
-    # Eigenvectors, inverse eigenvalues, and whether an eigenvalue between `zero` and
-    # `rcond` of the largest was left out.
+def _spectral(matrix: Float[Array, "n n"], rcond: float, zero: float) -> _Spectral:
+    # What is indefinite is no minimum nearly reached, with directions nearly flat.
     values, vectors = jnp.linalg.eigh(matrix)
     sizes = jnp.abs(values)
     largest = jnp.max(sizes)
-    keep = sizes > rcond * largest
+    indefinite = values[0] < -(epsilon(matrix) ** 0.25) * largest
+    keep = sizes > jnp.where(indefinite, zero, rcond) * largest
     weights = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
-    return vectors, weights, jnp.any(~keep & (sizes > zero * largest))
+    soft = jnp.any(~keep & (sizes > zero * largest))
+    return _Spectral(vectors, weights, jnp.all(keep), soft)
 
 
 class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
@@ -75,7 +86,8 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
     computed only if some lane needs them. Eigenvalues below `rcond` of the largest
     count as zero: beside a minimum that is not quite reached, flat directions are only
     nearly flat. What is left out there counts as zero, up to $\sqrt\epsilon$ of the
-    right-hand side.
+    right-hand side. A matrix with an eigenvalue below $-\epsilon^{1/4}$ of the largest
+    is that of no minimum: there only rounding counts as zero.
 
     **Arguments:**
 
@@ -115,20 +127,25 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
         matrix = jnp.where(skew <= tolerance * size, matrix, jnp.nan)
         factor, health = _definite_factor(matrix)
         # Ten times the limit: the health of a pivot is only an upper bound.
-        regular = health > 10 * max(limit, rcond)
+        definite = health > 10 * max(limit, rcond)
         zero = rcond if self.rcond is not None else zero_below(len(matrix), eps)
 
-        def by_lane() -> tuple[Array, Array, Array]:
-            vectors, weights, soft = _spectral(matrix, rcond, zero)
+        def by_lane() -> tuple[Array, Array, Array, Array]:
+            found = _spectral(matrix, rcond, zero)
             # No curvature at all tells nothing, whatever the right-hand side.
-            weights = jnp.where(size > 0, weights, jnp.nan)
-            return jnp.where(regular, factor, vectors), weights, soft & ~regular
+            weights = jnp.where(size > 0, found.weights, jnp.nan)
+            vectors = jnp.where(definite, factor, found.vectors)
+            return vectors, weights, definite | found.whole, ~definite & found.soft
 
-        factor, weights, soft = jax.lax.cond(
-            any_lane(~regular), by_lane, lambda: (factor, factor[0], ~regular)
+        factor, weights, whole, soft = jax.lax.cond(
+            any_lane(~definite),
+            by_lane,
+            lambda: (factor, factor[0], definite, ~definite),
         )
         error = jnp.asarray(options.get("operator_error", 0), matrix.dtype)
-        return SymmetricState(matrix, factor, weights, regular, soft, error, sign)
+        return SymmetricState(
+            matrix, factor, weights, definite, whole, soft, error, sign
+        )
 
     def answer(
         self, state: SymmetricState, vector: PyTree[Array], options: dict[str, Any]
@@ -140,7 +157,7 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
         if options.get("project", False):
             # What is left must lie in the null space: then x is a least-squares answer.
             part = matvec(state.matrix, residual) / jnp.linalg.norm(state.matrix)
-            judged = jnp.where(state.regular, residual, part)
+            judged = jnp.where(state.whole, residual, part)
         else:
             judged = residual
         rtol, atol = _limits(state, x, b, eps)
@@ -152,7 +169,7 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
             atol=atol,
             regular=jax.lax.is_finite(state.weights[0]),
             residual_norm=norm(residual),
-            singular=~state.regular,
+            singular=~state.whole,
         )
 
     def transpose(
@@ -176,15 +193,15 @@ def _limits(
     state: SymmetricState, x: Float[Array, " n"], b: Float[Array, " n"], eps: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The largest residual: relative to the right-hand side, and beside that."""
-    regular, soft = state.regular, state.soft
-    rtol = jnp.where(regular, residual_limit(eps), consistency_limit(eps))
+    whole, soft = state.whole, state.soft
+    rtol = jnp.where(whole, residual_limit(eps), consistency_limit(eps))
     # Rounding of a product with `x`. In a null space also that of one with a vector of
     # norm one, for a right-hand side that is itself no more than rounding: the gradient
     # at a minimum, say, the cotangent of the objective there. In a soft direction that
     # may be all that there is of a small one.
     size = jnp.where(soft, jnp.max(jnp.abs(x)), 1)
     rounding = NOISE * eps * size * jnp.linalg.norm(state.matrix)
-    atol = jnp.where(regular, 0, rounding + uncertainty(state.error, x, b, eps))
+    atol = jnp.where(whole, 0, rounding + uncertainty(state.error, x, b, eps))
     return rtol.astype(x.dtype), atol
 
 
@@ -194,7 +211,7 @@ def _definite_factor(
     # The health is NaN, and so fails every comparison, if there is no such factor.
     if matrix.shape[0] <= LARGEST:
         found = inverse([list(row) for row in matrix])
-        return dense(found.rows), found.determinant / found.terms
+        return dense(found.rows), found.left / found.terms
     factor = jnp.linalg.cholesky(matrix)
     return factor, jnp.min(jnp.diag(factor) ** 2 / jnp.diag(matrix))
 
@@ -211,6 +228,6 @@ def _apply(state: SymmetricState, b: Float[Array, " n"]) -> Float[Array, " n"]:
         # One factor after the other: an eigenvalue that is almost zero would fill the
         # pseudo-inverse with numbers whose rounding is larger than the others.
         spectral = matvec(factor, state.weights * matvec(factor.T, b))
-        return jnp.where(state.regular, definite(), spectral)
+        return jnp.where(state.definite, definite(), spectral)
 
-    return jax.lax.cond(any_lane(~state.regular), by_lane, definite)
+    return jax.lax.cond(any_lane(~state.definite), by_lane, definite)

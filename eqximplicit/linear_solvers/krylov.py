@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._custom_types import LinearSolver, PyTree
 from .._lanes import any_lane
 from .._placement import on_one_device
+from .._ranges import refuse_below, refuse_negative
 from .._state import known
 from ._dense import consistency_limit, uncertainty
 from ._iterations import (
@@ -111,6 +112,12 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     max_steps: int = eqx.field(default=1000, static=True)
     restart: int = eqx.field(default=20, static=True)
     fallback: LinearSolver | None = None
+
+    def __check_init__(self) -> None:
+        """Refuses negative tolerances, and a solver that takes no step."""
+        refuse_negative("HybridKrylov", rtol=self.rtol, atol=self.atol)
+        refuse_below("HybridKrylov", 1, max_steps=self.max_steps)
+        refuse_below("HybridKrylov", 0, restart=self.restart)
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from .._custom_types import PyTree
-from ._dense import consistency_limit, MAX_BYTES
+from ._dense import consistency_limit, MAX_BYTES, residual_limit
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import dot, epsilon, norm
 from ._spectral import decompose, lost, SpectralState, Structure, structure_key
@@ -26,9 +26,11 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
     r"""The minimum-norm solution $x = A^{+} b$ of a consistent system, singular or not.
 
     Where the system has no solution, that is, where the measured residual
-    $\lVert b - Ax\rVert_2$ exceeds $\sqrt\epsilon\,\lVert b\rVert_2$, the result is
-    `lx.RESULTS.singular`, unless least squares is asked for. By singular values; by
-    eigenvectors for an operator with a symmetric tag. Any shape of operator.
+    $\lVert b - Ax\rVert_2$ exceeds $\sqrt\epsilon\,\lVert b\rVert_2$
+    ($\epsilon^{1/3}\lVert b\rVert_2$ for a matrix of full row rank, which always has
+    one), the result is `lx.RESULTS.singular`, unless least squares is asked for. By
+    singular values; by eigenvectors for an operator with a symmetric tag. Any shape of
+    operator.
 
     In reverse mode the right-hand side is the cotangent of the solution, which need not
     be in the range: `least_squares=True` then projects it, which is the transpose of
@@ -73,6 +75,9 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
         judged = lost(spectrum, r) if project else norm(r)
         # With a large `rcond`, the values that were dropped remain in the residual.
         rtol = max(consistency_limit(eps), rcond if project else 0)
+        # Every right-hand side is in the range of a matrix of full row rank.
+        whole = jnp.all(keep) if rows <= cols else False
+        rtol = jnp.where(whole, max(rtol, residual_limit(eps)), rtol)
         rank = jnp.sum(keep)
         return measured(
             spectrum.lay_out(x),

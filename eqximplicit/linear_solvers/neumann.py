@@ -9,6 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Int
 
 from .._custom_types import PyTree
+from .._ranges import refuse_below, refuse_negative
 from ._iterations import picard, System
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
@@ -94,12 +95,9 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
     max_steps: int = eqx.field(default=1000, static=True)
 
     def __check_init__(self) -> None:
-        """Refuses a series without terms."""
-        if self.num_terms is not None and self.num_terms < 1:
-            raise ValueError(
-                f"`Neumann(num_terms={self.num_terms})` has no terms. Pass at least 1 "
-                "(Jacobian-free backpropagation), or `None` to run to the tolerance."
-            )
+        """Refuses a series without terms, and negative tolerances."""
+        refuse_below("Neumann", 1, num_terms=self.num_terms, max_steps=self.max_steps)
+        refuse_negative("Neumann", rtol=self.rtol, atol=self.atol)
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -7,6 +7,7 @@ import lineax as lx
 from jaxtyping import Array
 
 from .._custom_types import PyTree
+from .._ranges import refuse_below, refuse_negative
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
     dot,
@@ -63,10 +64,8 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
             raise ValueError(
                 "Nothing stops `NormalCG()`: pass `max_steps`, `rtol` or `atol`."
             )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(
-                f"`NormalCG(max_steps={self.max_steps})` takes no step; pass 1 or more."
-            )
+        refuse_below("NormalCG", 1, max_steps=self.max_steps)
+        refuse_negative("NormalCG", rtol=self.rtol, atol=self.atol)
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._ranges import refuse_below
 from ._measured import AbstractMeasuredSolver, approximate, Measured
 from ._residual import epsilon, minus, norm, size, structure
 from .direct_symmetric import pseudo_inverse
@@ -57,8 +58,7 @@ class Nystrom(AbstractMeasuredSolver[NystromState]):
 
     def __check_init__(self) -> None:
         """Refuses a rank or a ridge that is not positive."""
-        if self.rank < 1:
-            raise ValueError(f"`Nystrom(rank={self.rank})` must be at least 1.")
+        refuse_below("Nystrom", 1, rank=self.rank)
         if not isinstance(self.rho, Tracer) and self.rho <= 0:
             raise ValueError(
                 f"`Nystrom(rho={self.rho})` must be positive: a matrix of low rank has "

@@ -1,7 +1,7 @@
 """A direct solver that finds the sparsity of its operator by itself."""
 
 import sys
-from typing import Any, Literal, NamedTuple
+from typing import Any, get_args, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,13 +13,15 @@ from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from .._state import every
+from ._dense import MAX_BYTES
 from ._measured import AbstractMeasuredSolver, Measured
 from ._pattern import (
     detect_structure as detect_structure,
     flat_size,
     Structure as Structure,
 )
-from ._sparse_plans import AbstractPlan, generic_vector, plan_for
+from ._residual import check_bytes
+from ._sparse_plans import AbstractPlan, Backend, generic_vector, plan_for
 
 
 class _Layout(NamedTuple):
@@ -112,6 +114,8 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
     **Arguments:**
 
     - `backend`: `"auto"`; `"klu"` to insist on KLU; `"blocks"` for the LU in JAX.
+    - `max_bytes`: the largest array of products, one for each colour, in bytes per
+        lane. A dense row together with a dense column takes as many colours as columns.
 
     **Raises:** in `init`, `ValueError` for an operator that is not square, mixes real
     and complex leaves, is dense with more than 1000 unknowns, or has an operation that
@@ -131,7 +135,16 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
         matrices". Davis and Palamadai Natarajan, 2010, "Algorithm 907: KLU".
     """
 
-    backend: Literal["auto", "klu", "blocks"] = eqx.field(static=True, default="auto")
+    backend: Backend = eqx.field(static=True, default="auto")
+    max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
+
+    def __check_init__(self) -> None:
+        """Refuses a backend that there is not."""
+        if self.backend not in get_args(Backend):
+            raise ValueError(
+                f"`SparseDirect` has no backend {self.backend!r}; it has "
+                f"{', '.join(map(repr, get_args(Backend)))}."
+            )
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
@@ -142,6 +155,8 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
         domain = _layout(operator.in_structure())
         codomain = _layout(operator.out_structure())
         dtype = _working_dtype(domain, codomain)
+        count, size = plan.colouring.count, operator.in_size()
+        check_bytes(count, size, dtype.itemsize, self.max_bytes, "SparseDirect")
         values, image = _products(operator, plan, domain, codomain, dtype)
         probe, rtol = generic_vector(image.size), _rounding(domain, codomain)
         agrees = plan.agrees(values, probe, image, rtol)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..linear_solvers import _small as small
+from ..linear_solvers import _closed_form as closed, _small as small
 
 
 def solve_square(
@@ -17,7 +17,7 @@ def solve_square(
     """
     if vector.size <= small.LARGEST:
         rows = [list(row) for row in matrix]
-        return small.from_entries(small.solve(rows, list(vector)), vector)
+        return small.from_entries(closed.solve(rows, list(vector)), vector)
     # By QR: the pivots of an LU are applied in a loop that takes longer to compile than
     # everything else here. It is differentiable by itself.
     q, r = jnp.linalg.qr(matrix)

@@ -21,7 +21,12 @@ from .._custom_types import PyTree
 from .._lanes import max_lane
 from .._problem import IteratedFn
 from .._solution import RESULTS, where_result
-from ..linear_solvers import _small as small, AutoLinearSolver, DirectLU
+from ..linear_solvers import (
+    _closed_form as closed,
+    _small as small,
+    AutoLinearSolver,
+    DirectLU,
+)
 from . import _vector_space as vs
 from ._opening import LEAST_BUDGET, Opened
 from ._root_vector import real_size
@@ -63,7 +68,7 @@ class _Problem(NamedTuple):
             lambda y: self.fn(y, self.args), at, has_aux=True
         )
         f = small.entries(out)
-        move = small.solve(small.rows_of(linear, self.struct), f)
+        move = closed.solve(small.rows_of(linear, self.struct), f)
         return _Seen(f, move, aux)
 
 
@@ -117,14 +122,14 @@ def newton_opening(
     def step(y: list[Array], left: Array) -> tuple[list[Array], Any, Array]:
         del left
         seen = problem.look(y)
-        largest = small.largest(seen.f)
+        largest = closed.largest(seen.f)
         error = jnp.where(jnp.isfinite(largest), largest, -1)
         return _moved(~(largest <= atol), y, seen.move), seen.aux, error
 
     c = _loop(step, atol, carry, _STEPS)
     # A residual may also vanish at infinity: what is far away the robust solver judges.
     way = [new - old for new, old in zip(c.y, carry.y, strict=True)]
-    near = small.largest(way) <= _FAR * jnp.maximum(small.largest(carry.y), 1)
+    near = closed.largest(way) <= _FAR * jnp.maximum(closed.largest(carry.y), 1)
     solved = (c.left >= 0) & (c.left <= atol) & near
     stats = {
         "residual_norm": c.left,
@@ -178,8 +183,8 @@ def small_newton(
         step = [a - b for a, b in zip(y, new, strict=True)]
         nothing = [jnp.zeros_like(f) for f in seen.f]
         over = _within(solver, step, new) & _within(solver, seen.f, nothing)
-        cause = jnp.where(jnp.isfinite(small.largest(seen.f)), _SINGULAR, _NONFINITE)
-        broken = ~jnp.isfinite(small.largest(new))
+        cause = jnp.where(jnp.isfinite(closed.largest(seen.f)), _SINGULAR, _NONFINITE)
+        broken = ~jnp.isfinite(closed.largest(new))
         now = jnp.where(broken, cause, jnp.where(over, _DONE, before))
         return new, seen.aux, jnp.where(before > _DONE, now.astype(dtype), before)
 

@@ -9,11 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 import optimistix as optx
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Scalar
 
+from .._ranges import refuse_negative
 from .._solution import as_results, RESULTS
 from .._state import peak
 from . import _vector_space as vs
@@ -28,17 +27,6 @@ def check_tolerances(name: str, rtol: Any, atol: Any) -> None:
     """Refuses a negative tolerance, and warns of one that no state can reach."""
     refuse_negative(name, rtol=rtol, atol=atol)
     warn_if_unreachable(name, rtol, atol, float(jnp.finfo(jnp.result_type(float)).eps))
-
-
-def refuse_negative(name: str, **tolerances: Any) -> None:
-    """Refuses what is negative, NaN or infinite, by its name; a traced one passes."""
-    for field, value in tolerances.items():
-        if value is None or isinstance(value, Tracer):
-            continue
-        if not np.all((np.asarray(value) >= 0) & np.isfinite(value)):
-            raise ValueError(
-                f"`{name}({field}=...)` must be at least 0 and finite; got {value}."
-            )
 
 
 def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:

@@ -10,6 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Scalar
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._ranges import refuse_negative
 from .._solution import as_results, Aux, RESULTS, Y
 from ._opening import AbstractOpening, Opened
 from ._root_dense import DenseState, init_dense, step_dense, why
@@ -24,7 +25,6 @@ from ._root_phases import is_over, Limits, read
 from ._root_vector import real_size
 from ._small_newton import is_small, newton_opening
 from ._vector_space import has_complex, one_dtype, real_dtype, zeros_like
-from ._verdict import refuse_negative
 
 _Fn = Callable[[Y, Any], tuple[PyTree[Array], Aux]]
 _State = DenseState[Any] | KrylovState[Any, Any]

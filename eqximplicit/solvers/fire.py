@@ -11,6 +11,7 @@ import optimistix as optx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from .._ranges import refuse_negative
 from .._solution import as_results, Aux, RESULTS, Y
 from . import _vector_space as vs, _verdict as verdict
 
@@ -101,7 +102,7 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
     shift: Callable[[Y, Y], Y] = _translate
 
     def __check_init__(self) -> None:
-        verdict.refuse_negative("FIRE", rtol=self.rtol, atol=self.atol)
+        refuse_negative("FIRE", rtol=self.rtol, atol=self.atol)
         rules = {
             "dt_start": (0 < self.dt_start <= self.dt_max, "in (0, dt_max]"),
             "n_min": (self.n_min >= 0, "at least 0"),

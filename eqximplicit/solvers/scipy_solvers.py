@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import numpy as np
 
+from .._ranges import refuse_negative
 from .._solution import RESULTS
 from ._on_host import (
     AbstractHostSolver,
@@ -22,7 +23,6 @@ from ._on_host import (
     solve_on_host,
     TOO_LARGE,
 )
-from ._verdict import refuse_negative
 
 _BUDGET = re.compile(r"max|limit|too many|has reached", re.IGNORECASE)
 _GRADIENT_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
