@@ -18,14 +18,28 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _OnArguments(eqx.Module):
-    """`fn(y, *args, **kwargs)` as the `fn(y, arguments)` that a condition wants."""
+    """`fn(y, *args, **kwargs)` as the `fn(y, arguments)` that a condition wants.
+
+    `seen` are those of the solver's arguments that `fn` takes.
+    """
 
     fn: Callable[..., Any]
+    seen: Callable[[Arguments], Arguments]
     takes_aux: bool = eqx.field(static=True)
 
     def __call__(self, y: Any, arguments: Arguments, aux: Any = None) -> Any:
         extra = (aux,) if self.takes_aux else ()
-        return self.fn(y, *extra, *arguments.args, **arguments.kwargs)
+        seen = self.seen(arguments)
+        return self.fn(y, *extra, *seen.args, **seen.kwargs)
+
+
+def _on_arguments(
+    fn: Callable[..., Any], solver: Callable[..., Any], takes_aux: bool
+) -> _OnArguments:
+    def seen(arguments: Arguments) -> Arguments:
+        return arguments.seen_by(fn, solver, 1 + takes_aux)
+
+    return _OnArguments(fn, seen, takes_aux)
 
 
 def _with_guess(
@@ -94,7 +108,7 @@ def _decorate(
     def solve(*args: Any, **kwargs: Any) -> Any:
         (y0, *rest), kwargs = _with_guess(solver, args, kwargs)
         arguments = _chosen(argnums, Arguments(tuple(rest), kwargs))
-        arguments = arguments.completed(solver, fn.fn, 1 + fn.takes_aux)
+        fn.seen(arguments)  # refused before anything is solved
         solution = layer.solve(y0, arguments)
         return (solution.value, solution.aux) if has_aux else solution.value
 
@@ -119,7 +133,8 @@ def custom_root(
 
     - `optimality`: `optimality(y, *args, **kwargs)`, zero at the solution, with the
         leaf shapes of `y`; called with the very arguments of the solver, defaults
-        included: by name where it knows the solver's name, by position otherwise.
+        included: by name where it knows the solver's name, by position otherwise. What
+        it does not take (a tolerance, say) has a zero derivative.
     - `has_aux`: whether the solver returns `(y, aux)`.
     - `takes_aux`: whether the condition is `optimality(y, aux, *args, **kwargs)`.
     - `argnums`: which positional arguments have a derivative, counted as in the call
@@ -140,7 +155,7 @@ def custom_root(
     """
 
     def decorator(solver: F) -> F:
-        fn = _OnArguments(optimality, takes_aux)
+        fn = _on_arguments(optimality, solver, takes_aux)
         condition = Root[Any, Arguments](fn, tags, takes_aux=takes_aux)
         adjoint = _adjoint(linear_solver)
         return _decorate(condition, fn, solver, has_aux, argnums, adjoint)
@@ -170,7 +185,7 @@ def custom_fixed_point(
     """
 
     def decorator(solver: F) -> F:
-        on_arguments = _OnArguments(fn, takes_aux)
+        on_arguments = _on_arguments(fn, solver, takes_aux)
         condition = FixedPoint[Any, Arguments](on_arguments, tags, takes_aux=takes_aux)
         adjoint = _adjoint(linear_solver)
         return _decorate(condition, on_arguments, solver, has_aux, argnums, adjoint)

@@ -369,6 +369,66 @@ def test_positional_only_default_reaches_the_condition(optimality):
         np.testing.assert_allclose(slope, 1 / (3 * root**2 + 2), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda solve, a, tol: solve(1.0, a, tol),
+        lambda solve, a, tol: solve(1.0, a, tol=tol),
+        lambda solve, a, tol: solve(1.0, a=a, tol=tol),
+    ],
+    ids=["position", "keyword", "both by keyword"],
+)
+@pytest.mark.parametrize(
+    "decorator",
+    [
+        eqi.custom_root(lambda y, a: y**3 - a),
+        eqi.custom_root(lambda y, p: y**3 - p),
+        eqi.custom_fixed_point(lambda y, a: y - (y**3 - a) / 12),
+    ],
+    ids=["same name", "another name", "fixed point"],
+)
+def test_argument_for_the_solver_alone_has_zero_derivative(decorator, call):
+    solve = decorator(lambda y0, a, tol=1e-8: jnp.cbrt(a) + 0 * tol)
+    slopes = jax.grad(lambda a, tol: call(solve, a, tol), (0, 1))(8.0, 1e-3)
+    assert_close(slopes, (1 / 12, 0.0))
+
+
+def test_arguments_go_to_the_parameters_of_their_name_however_they_are_passed():
+    optimality = lambda y, b, a: y**3 + y * b - a  # the other way round
+    expected = 1 / (3 * cubic_solver(0.3, 1.0) ** 2 + 2)
+    calls = [
+        (cubic_solver, lambda solve, a: solve(0.3, a, 2.0)),
+        (cubic_solver, lambda solve, a: solve(0.3, a=a, b=2.0)),
+        (tolerant_cubic_solver, lambda solve, a: solve(0.3, a, 1e-14, 2.0)),
+    ]
+    for solver, call in calls:
+        solve = eqi.custom_root(optimality)(solver)
+        slope = jax.grad(lambda a, solve=solve, call=call: call(solve, a))(1.0)
+        np.testing.assert_allclose(slope, expected, rtol=1e-6)
+
+
+def test_further_arguments_reach_a_condition_that_takes_any():
+    def cube_root(y0, a, *rest, **settings):
+        return jnp.cbrt(a * rest[0] * settings["scale"])
+
+    for optimality in (
+        lambda y, a, *rest, **settings: y**3 - a * rest[0] * settings["scale"],
+        lambda *args, **settings: args[0] ** 3 - args[1] * args[2] * settings["scale"],
+    ):
+        solve = eqi.custom_root(optimality)(cube_root)
+        slope = jax.grad(lambda a, solve=solve: solve(1.0, a, 2.0, scale=0.5))(8.0)
+        assert_close(slope, 1 / 12)
+
+
+def test_condition_that_needs_more_than_the_call_has_is_refused_before_the_solve():
+    def unreachable(y0, a):
+        raise AssertionError
+
+    solve = eqi.custom_root(lambda y, a, b: y)(unreachable)
+    with pytest.raises(TypeError, match="needs `b`, which this call of `unreachable`"):
+        solve(1.0, 2.0)
+
+
 def test_call_without_a_guess_names_it():
     solve = eqi.custom_root(CUBICS["same names"])(cubic_solver)
     with pytest.raises(TypeError, match="Pass `y0` as the first argument"):
