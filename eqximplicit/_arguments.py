@@ -121,13 +121,10 @@ class _Seen:
         place = next(self.free, None) if argument.place else None
         if place is not None and (given or place.default is place.empty):
             self.bound[place.name] = value
-        elif (
-            argument.place and given and inspect.Parameter.VAR_POSITIONAL in self.kinds
-        ):
+        elif argument.place and given and self.any_place:
             self.rest.append(value)
-        elif name is not None and name not in self.before:
-            if inspect.Parameter.VAR_KEYWORD in self.kinds:
-                self.bound[name] = value
+        elif name is not None and name not in self.before and self.any_name:
+            self.bound[name] = value
 
     def missing(self) -> list[str]:
         """The parameters that need an argument and have none."""

@@ -51,8 +51,9 @@ class AbstractImplicitModule(eqx.Module):
     adjoint = cast(AbstractAdjoint, ImplicitAdjoint())
     has_aux: ClassVar[bool] = False
 
+    # The most general signature: a static checker then takes a subclass's own.
     @abc.abstractmethod
-    def solve(self, y0: Any, *args: Any) -> Any:
+    def solve(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the solution found from the initial guess `y0`, by any means."""
 
     def __check_init__(self) -> None:

@@ -46,3 +46,17 @@ def the_primitive_keeps_the_type(y: State, ct_y: State) -> None:
 def the_adjoint_is_optimistixs(fn: Any, y0: State) -> None:
     solver = optx.Newton(rtol=1e-8, atol=1e-8)
     optx.root_find(fn, solver, y0, adjoint=eqi.ImplicitAdjoint())
+
+
+class Inner(eqi.AbstractImplicitModule):
+    net: Var
+
+    def objective(self, y: State, batch: Array) -> Array:
+        return batch * y[0].value * self.net.value
+
+    def solve(self, y0: State, batch: Array) -> State:
+        return y0
+
+
+def a_module_has_the_users_own_signature(net: Var, y0: State, batch: Array) -> None:
+    assert_type(Inner(net).solve(y0, batch), State)
