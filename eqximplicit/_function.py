@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,7 +20,7 @@ from ._failure import refuse_failure
 from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
 from ._read import Read, without_arrays
-from ._solution import RESULTS, Solution, where_result
+from ._solution import Aux, RESULTS, Solution, where_result
 from ._state import (
     all_finite,
     as_arrays,
@@ -37,8 +37,13 @@ from .solvers._verdict import check_window_fits
 
 Y = TypeVar("Y")
 Args = TypeVar("Args")
-Aux = TypeVar("Aux")
-Params = TypeVar("Params")
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as _TypeVar  # one with a default
+
+    Params = _TypeVar("Params", default=Any)
+else:
+    Params = TypeVar("Params")
 
 
 def _identity(fn: Any) -> Any:

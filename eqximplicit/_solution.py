@@ -11,12 +11,14 @@ import optimistix as optx
 from jaxtyping import Array, Bool
 
 Y = TypeVar("Y")
-Aux = TypeVar("Aux")
-
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeVar as _TypeVar  # one with a default
+
+    Aux = _TypeVar("Aux", default=Any)
     _BaseResults = eqx.Enumeration  # lineax, the root of the others, has no types
 else:
+    Aux = TypeVar("Aux")
     _BaseResults = optx.RESULTS
 
 

@@ -1,4 +1,9 @@
-"""The types that an editor shows: pyright reads this file, nothing runs it."""
+"""The types that an editor shows: pyright reads this file, nothing runs it.
+
+For a user who lets nothing be unknown, which the package itself cannot.
+"""
+
+# pyright: reportUnknownArgumentType=true, reportUnknownVariableType=true
 
 from typing import Any, assert_type
 
@@ -30,6 +35,15 @@ def a_layer_returns_the_users_state(y0: State) -> None:
     assert_type(layer.solve(y0, 1.0).value, State)
 
 
+def nothing_of_a_layer_is_unknown(y0: State) -> None:
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(cell))
+    assert_type(layer, eqi.ImplicitFunction[State, float, Any, Any])
+    solution = layer.solve(y0, 1.0)
+    aux = solution.aux
+    assert_type(solution, eqi.Solution[State, Any])
+    assert_type(aux, Any)
+
+
 def one_liners_return_the_users_state(y0: State) -> None:
     assert_type(eqi.root_find(cell, y0, 1.0).value, State)
     assert_type(eqi.fixed_point(cell, y0, 1.0).value, State)
@@ -43,8 +57,7 @@ def the_primitive_keeps_the_type(y: State, ct_y: State) -> None:
     assert_type(eqi.root_vjp(cell, y, 1.0, ct_y), float)
 
 
-def the_adjoint_is_optimistixs(fn: Any, y0: State) -> None:
-    solver = optx.Newton(rtol=1e-8, atol=1e-8)
+def the_adjoint_is_optimistixs(fn: Any, solver: Any, y0: State) -> None:
     optx.root_find(fn, solver, y0, adjoint=eqi.ImplicitAdjoint())
 
 
