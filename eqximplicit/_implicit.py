@@ -38,6 +38,7 @@ from ._state import (
     as_arrays,
     as_state,
     from_real,
+    numbers_as_arrays,
     real_dtype,
     select,
     stop_gradient,
@@ -45,6 +46,7 @@ from ._state import (
     to_real,
 )
 from ._static import refuse_static_arrays
+from ._vector import vector_at
 from .linear_solvers import AutoLinearSolver
 
 Y = TypeVar("Y")
@@ -200,11 +202,17 @@ def root_jvp(
 
     - `fn`: the residual `F(y, args)`, zero at `y`, with the leaf shapes of `y`.
     - `y`: the root, any pytree of arrays of inexact dtype.
-    - `args`, `t_args`: the parameters and their tangent, structured alike.
+    - `args`, `t_args`: the parameters and their tangent, structured alike; a float is
+        an array.
     - `linear_solver`, `tags`: how `∂F/∂y` is solved, and what is known of it.
 
     **Returns:** the tangent of the root, structured as `y`.
+
+    **Raises:** `ValueError` if `t_args` does not fit `args`, and as
+    [`eqximplicit.implicit_solution`][].
     """
+    args = _floats_as_arrays(args)
+    t_args = vector_at("tangent `t_args`", t_args, "`args`", args)
 
     def solution(args: Args) -> Y:
         return implicit_solution(Root(fn, tags), y, args, linear_solver=linear_solver)
@@ -229,14 +237,22 @@ def root_vjp(
 
     - `fn`: the residual `F(y, args)`, zero at `y`, with the leaf shapes of `y`.
     - `y`: the root, any pytree of arrays of inexact dtype.
-    - `args`: the parameters, any pytree.
+    - `args`: the parameters, any pytree; a float is an array.
     - `ct_y`: the cotangent of the root, structured as `y`.
     - `linear_solver`, `tags`: how `∂F/∂y` is solved, and what is known of it.
 
     **Returns:** the cotangent of `args`; `None` in place of leaves without one.
+
+    **Raises:** `ValueError` if `ct_y` does not fit `y`, and as
+    [`eqximplicit.implicit_solution`][].
     """
+    ct_y = vector_at("cotangent `ct_y`", ct_y, "`y`", as_state(y))
 
     def solution(args: Args) -> Y:
         return implicit_solution(Root(fn, tags), y, args, linear_solver=linear_solver)
 
-    return eqx.filter_vjp(solution, args)[1](ct_y)[0]
+    return eqx.filter_vjp(solution, _floats_as_arrays(args))[1](ct_y)[0]
+
+
+def _floats_as_arrays(args: Args) -> Args:
+    return numbers_as_arrays(args, (float, complex))

@@ -248,6 +248,35 @@ def test_root_jvp_and_root_vjp_are_the_two_sides_of_the_theorem():
     assert_close(ct_args, pullback(jnp.asarray(adjoint))[0])
 
 
+def test_root_jvp_and_root_vjp_take_python_numbers():
+    cube = lambda y, a: y**3 - a["a"] + 0 * a["power"]
+    args = {"a": 8.0, "power": 2}
+    assert_close(eqi.root_jvp(cube, 2.0, args, {"a": 3.0, "power": None}), 3 / 12)
+    ct_args = eqi.root_vjp(cube, 2.0, args, 1.0)
+    assert_close(ct_args["a"], 1 / 12)
+    assert ct_args["power"] is None
+    single = jnp.array(2.0, jnp.float32)
+    assert eqi.root_vjp(lambda y, a: y**3 - a, single, 8.0, 1.0).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("vector", "match"),
+    [
+        ([CT_Y], r"structure PyTreeDef\(\[\*\]\), .* has PyTreeDef\(\*\)"),
+        (CT_Y[:1], r"float64\[1\], opposite float64\[3\]. Pass real numbers of shape"),
+        (CT_Y.astype(complex), r"complex128\[3\], opposite float64\[3\]"),
+        ("a", "str 'a', opposite"),
+    ],
+    ids=["structure", "shape", "complex", "text"],
+)
+def test_tangent_or_cotangent_that_does_not_fit_is_refused(vector, match):
+    shifted = lambda y, b: y - b
+    with pytest.raises(ValueError, match=f"tangent `t_args` .*{match}"):
+        eqi.root_jvp(shifted, CT_Y, CT_Y, vector)
+    with pytest.raises(ValueError, match=f"cotangent `ct_y` .*{match}"):
+        eqi.root_vjp(shifted, CT_Y, CT_Y, vector)
+
+
 def test_parameters_in_the_condition_have_a_derivative():
     def loss(matrix):
         condition = eqi.Root(jax.tree_util.Partial(lambda m, y, b: m @ y - b, matrix))
