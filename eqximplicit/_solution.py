@@ -10,6 +10,8 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool
 
+from ._vector import fitting
+
 Y = TypeVar("Y")
 
 if TYPE_CHECKING:
@@ -180,12 +182,7 @@ class Solution(eqx.Module, Generic[Y, Aux]):
 
 
 def _chosen(ok: Bool[Array, "..."], y: Array, default: Any) -> Array:
-    other = jnp.asarray(default, y.dtype)
-    if other.ndim != 0 and other.shape != y.shape:
-        raise ValueError(
-            f"A leaf of the default of `value_or` has shape {list(other.shape)}, that "
-            f"of the value {list(y.shape)}. Pass that shape or a scalar."
-        )
+    other = fitting("default of `value_or`", default, y, y.shape, ())
     # A batch of solutions has a batch of results, in front of the axes of a value.
     lanes = jnp.reshape(ok, ok.shape + (1,) * (y.ndim - ok.ndim))
     return jnp.where(lanes, y, jnp.broadcast_to(other, y.shape))

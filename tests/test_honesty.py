@@ -42,10 +42,14 @@ def test_default_may_be_chosen_after_the_batch_of_solves():
     np.testing.assert_allclose(gradient, [1 / 2, 0.0, 1 / 3], rtol=1e-8)
 
 
-@pytest.mark.parametrize("default", [(1.0,), jnp.ones(2)], ids=["structure", "shape"])
+@pytest.mark.parametrize(
+    "default",
+    [(1.0,), jnp.ones(2), 1j, "a"],
+    ids=["structure", "shape", "complex", "text"],
+)
 def test_default_that_does_not_fit_the_value_is_refused(default):
     root = SQRT.solve(jnp.array(1.0), jnp.array(4.0))
-    with pytest.raises(ValueError, match=r"`value_or` has (structure|shape)"):
+    with pytest.raises(ValueError, match=r"`value_or` (has structure|is )"):
         root.value_or(default)
 
 
