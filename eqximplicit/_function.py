@@ -20,6 +20,7 @@ from ._failure import refuse_failure
 from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
 from ._read import Read, without_arrays
+from ._reverse_only import reverse_only_explained
 from ._solution import Aux, RESULTS, Solution, where_result
 from ._state import (
     all_finite,
@@ -218,7 +219,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
             refuse_static_arrays(part, name)
         compiled = _is_iterative(self.solver) and not _is_staged()
         solve = _solve_compiled if compiled else _solve
-        solution = solve(self, guess, args, diagnose)
+        with reverse_only_explained():
+            solution = solve(self, guess, args, diagnose)
         return refuse_failure(solution) if self.throw else solution
 
 

@@ -34,6 +34,7 @@ from ._primitives import (
     Structure,
     Tangent,
 )
+from ._reverse_only import refuse_reverse_only
 from ._state import (
     as_arrays,
     as_state,
@@ -79,6 +80,8 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
         theta_leaves, attached = rest[:count], attachment.restored(rest[count:])
         at = attached.base(jtu.tree_unflatten(y_tree, y))
         dtype, like = real_dtype(at), struct_of(at)
+        condition, args = theta.restored(theta_leaves)
+        refuse_reverse_only(condition, at, args, attached.aux)
 
         def residual(coefficients: Any, real_y: PyTree[Array]) -> PyTree[Array]:
             leaves, aux = coefficients

@@ -498,3 +498,32 @@ def test_preconditioner_reaches_the_linear_solver_in_both_modes():
 
     assert_close(run(True), (1 / diagonal, 1 / diagonal))
     assert all(np.all(np.isnan(x)) for x in run(False))
+
+
+@jax.custom_vjp
+def reverse_square(y):
+    return y**2
+
+
+reverse_square.defvjp(lambda y: (y**2, y), lambda y, ct: (2 * y * ct,))
+NO_FORWARD = "contains a `jax.custom_vjp` .* no forward derivative.*`jax.custom_jvp`"
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+def test_condition_without_a_forward_derivative_is_told_so(transform, mode):
+    root = eqi.Root(lambda y, a: reverse_square(y) - a)
+    attach = lambda a: eqi.implicit_solution(root, jax.lax.stop_gradient(a), a)
+    with pytest.raises(TypeError, match=NO_FORWARD):
+        transform(mode(attach))(1.0)
+
+
+def test_solver_that_needs_a_forward_derivative_is_told_that_there_is_none():
+    with pytest.raises(TypeError, match=NO_FORWARD):
+        eqi.root_find(lambda y, a: reverse_square(y) - a, jnp.ones(5), 4.0)
+
+
+def test_minimum_needs_no_forward_derivative_of_its_objective():
+    lowest = eqi.Minimum(lambda y, a: reverse_square(y - a))
+    attach = lambda a: eqi.implicit_solution(lowest, jax.lax.stop_gradient(a), a)
+    assert_close(jax.jit(jax.grad(attach))(4.0), 1.0)
