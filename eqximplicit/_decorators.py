@@ -10,9 +10,9 @@ import equinox as eqx
 from ._adjoint import ImplicitAdjoint
 from ._arguments import Arguments, parameters, signature
 from ._condition import AbstractCondition, FixedPoint, Root
-from ._custom_types import LinearSolver
+from ._custom_types import check_no_class, LinearSolver
 from ._function import ImplicitFunction
-from ._state import stop_gradient
+from ._state import describe, stop_gradient
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -144,6 +144,9 @@ def custom_root(
 
     **Returns:** a decorator for `solver(y0, *args, **kwargs) -> y` (or `(y, aux)`).
 
+    **Raises:** `TypeError` for a condition that is no function, another kind of linear
+    solver, and a method that is no method of an object yet (first argument `self`).
+
     !!! example
 
         ```python
@@ -153,11 +156,13 @@ def custom_root(
         jax.grad(lambda l2: validation(ridge(w0, data, l2)))(1e-2)
         ```
     """
+    _refuse_no_function("optimality", optimality)
+    adjoint = _adjoint(linear_solver)
 
     def decorator(solver: F) -> F:
+        _refuse_method("custom_root", solver)
         fn = _on_arguments(optimality, solver, takes_aux)
         condition = Root[Any, Arguments](fn, tags, takes_aux=takes_aux)
-        adjoint = _adjoint(linear_solver)
         return _decorate(condition, fn, solver, has_aux, argnums, adjoint)
 
     return decorator
@@ -182,15 +187,40 @@ def custom_fixed_point(
     - `tags`: lineax tags of `I - ∂fn/∂y`.
 
     **Returns:** a decorator for `solver(y0, *args, **kwargs) -> y` (or `(y, aux)`).
+
+    **Raises:** as [`eqximplicit.custom_root`][].
     """
+    _refuse_no_function("fn", fn)
+    adjoint = _adjoint(linear_solver)
 
     def decorator(solver: F) -> F:
+        _refuse_method("custom_fixed_point", solver)
         on_arguments = _on_arguments(fn, solver, takes_aux)
         condition = FixedPoint[Any, Arguments](on_arguments, tags, takes_aux=takes_aux)
-        adjoint = _adjoint(linear_solver)
         return _decorate(condition, on_arguments, solver, has_aux, argnums, adjoint)
 
     return decorator
+
+
+def _refuse_no_function(name: str, given: object) -> None:
+    check_no_class(name, given)
+    if not callable(given):
+        raise TypeError(
+            f"`{name}` must be a function of the solution and the solver's arguments; "
+            f"got {describe(given)}. Pass the function itself."
+        )
+
+
+def _refuse_method(decorator: str, solver: Callable[..., Any]) -> None:
+    """Refuses a method that is no method of an object yet."""
+    if [p.name for p in parameters(solver)][:1] == ["self"]:
+        name = getattr(solver, "__qualname__", "the solver")
+        raise TypeError(
+            f"`{decorator}` decorates `{name}`, whose first argument is `self` and not "
+            f"the initial guess. Decorate the method of an object, "
+            f"`{decorator}(...)(module.{name.rpartition('.')[2]})`, or derive the "
+            "class from `eqi.AbstractImplicitModule`."
+        )
 
 
 def _adjoint(linear_solver: LinearSolver | None) -> ImplicitAdjoint:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 from problems import assert_close, FIXED_POINT, ROOT
 
 import eqximplicit as eqi
@@ -450,3 +451,31 @@ def test_method_of_a_module_is_decorated_without_a_warning():
     root = cubic_solver(0.3, 1.0)
     expected = -root / (3 * root**2 + 2)
     np.testing.assert_allclose(jax.grad(slope)(jnp.array(2.0)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decorator", [eqi.custom_root, eqi.custom_fixed_point])
+def test_method_without_its_object_is_refused_with_the_two_ways_out(decorator):
+    with pytest.raises(
+        TypeError, match=r"first argument is `self` .*module.solve.*AbstractImplicit"
+    ):
+
+        class Solver:
+            @decorator(lambda y, a: y**3 - a)
+            def solve(self, y0, a):
+                return jnp.cbrt(a)
+
+
+@pytest.mark.parametrize("decorator", [eqi.custom_root, eqi.custom_fixed_point])
+def test_what_is_no_condition_or_no_linear_solver_is_refused_at_once(decorator):
+    with pytest.raises(TypeError, match="is the class `Cubic`. Pass an instance"):
+        decorator(Cubic)
+    # The run-time type checker may be the one that refuses.
+    with pytest.raises((TypeError, TypeCheckError), match="linear_solver"):
+        decorator(lambda y, a: y, linear_solver=jnp.linalg.solve)
+
+
+class Cubic(eqx.Module):
+    b: jax.Array
+
+    def __call__(self, y, a):
+        return y**3 + y * self.b - a
