@@ -76,12 +76,16 @@ class AbstractCondition(eqx.Module, Generic[Y, Args]):
         """
 
     def call(self, y: Y, args: Args, aux: Any = None) -> tuple[Any, Any]:
-        """Returns `fn`'s output and its auxiliary output (`None` without `has_aux`)."""
+        """Returns `fn`'s output and its auxiliary output (`None` without `has_aux`).
+
+        A number in the output is an array.
+        """
         fn = cast(Callable[..., Any], self.fn)
         out = fn(y, args, aux) if self.takes_aux else fn(y, args)
-        return (
+        pair = (
             split_pair(out, "function", "(out, aux)") if self.has_aux else (out, None)
         )
+        return jtu.tree_map(_as_array, pair[0]), pair[1]
 
 
 class _Hoisted(eqx.Module):
@@ -116,13 +120,12 @@ def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Conditi
 
     def call(y: Any, args: Any, aux: Any) -> Any:
         out, fn_aux = condition.call(y, args, aux)
-        arrays = jtu.tree_map(_as_array, out)
         check = lambda out: condition.check(out, struct_of(y))
         if condition.has_aux:
-            check(struct_of(arrays))
+            check(struct_of(out))
         else:
-            check_no_pair(check, struct_of(arrays), "function")
-        return arrays, fn_aux
+            check_no_pair(check, struct_of(out), "function")
+        return out, fn_aux
 
     given = aux if condition.takes_aux else None
     fn = eqx.filter_closure_convert(call, y, args, given)

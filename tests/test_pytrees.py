@@ -485,3 +485,27 @@ def test_state_with_more_dimensions_keeps_its_shape():
     value = layer(y0, b)
     expected = np.arcsinh(np.einsum("ij,abj->abi", np.linalg.inv(A), b))
     assert_close(value, expected)
+
+
+@pytest.mark.parametrize(
+    ("condition", "value"),
+    [
+        (eqi.Root(lambda y, a: [0.0, y[1] - a]), [1.0, 3.0]),
+        (eqi.FixedPoint(lambda y, a: [0.5, a]), [0.5, 3.0]),
+        (eqi.LeastSquares(lambda y, a: [0, y[0] - 2, y[1] - a]), [2.0, 3.0]),
+        (eqi.Minimum(lambda y, a: 0.5), [1.0, 1.0]),
+    ],
+    ids=["root", "fixed point", "least squares", "minimum"],
+)
+def test_function_may_return_python_numbers(condition, value):
+    layer = eqi.ImplicitFunction(condition, throw=False)
+    found = layer([jnp.array(1.0), jnp.array(1.0)], jnp.array(3.0))
+    np.testing.assert_allclose(found, value, rtol=1e-8)
+
+
+def test_diagnosis_takes_a_function_that_returns_python_numbers():
+    layer = eqi.ImplicitFunction(
+        eqi.FixedPoint(lambda y, a: [0.5, a]), lambda y0, a: [jnp.array(0.5), a]
+    )
+    report = eqi.check_implicit(layer, [jnp.array(1.0), jnp.array(1.0)], 3.0)
+    assert report.ok, str(report)
