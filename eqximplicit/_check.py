@@ -23,6 +23,7 @@ from ._point import AnyLayer, examine, Point, Seed, subject
 from ._spectrum import (
     asymmetry,
     conditioning,
+    entrywise_asymmetry,
     false_tags,
     matrix_of,
     Spectrum,
@@ -128,7 +129,7 @@ def check_implicit(
 
 def _check(point: Point, random: np.random.Generator) -> ImplicitReport:
     matrix = matrix_of(point)
-    spectrum = None if matrix is None else spectrum_of(matrix, point.eps)
+    spectrum = spectrum_of(point, matrix)
     measured = forward(point, matrix, random)
     project = _projection(point, spectrum)
     taken = derivatives(point, project, random)
@@ -137,7 +138,7 @@ def _check(point: Point, random: np.random.Generator) -> ImplicitReport:
         *inaccurate(measured, point.eps),
         *independent(point),
         *false_tags(point, matrix, spectrum, random),
-        *_missing_tag(point, random),
+        *_missing_tag(point, matrix, random),
         *conditioning(point, spectrum),
         *not_a_minimum(point, spectrum),
         *([] if taken is None else disagreements(taken, point.eps)),
@@ -196,10 +197,14 @@ def _missing_mode(point: Point) -> list[Finding]:
     ]
 
 
-def _missing_tag(point: Point, random: np.random.Generator) -> list[Finding]:
+def _missing_tag(
+    point: Point, matrix: Vector | None, random: np.random.Generator
+) -> list[Finding]:
     if lx.is_symmetric(point.operator) or point.size < 2:
         return []
     error = asymmetry(point, random)
+    if matrix is not None:
+        error = max(error, entrywise_asymmetry(matrix))
     if not error <= 100 * point.eps:
         return []
     return [
@@ -207,7 +212,7 @@ def _missing_tag(point: Point, random: np.random.Generator) -> list[Finding]:
             "note",
             "`∂F/∂y` looks symmetric, but the condition has no tag that says so.",
             "`condition.tags`",
-            f"asymmetry {number(error)} of a random probe",
+            f"asymmetry {number(error)}",
             "If it always is, pass `tags=lx.symmetric_tag` for a cheaper linear solve.",
         )
     ]

@@ -181,7 +181,7 @@ def gradient_report(
             "no linear system. Use `check_implicit` to compare derivatives."
         )
     matrix, random = matrix_of(point), np.random.default_rng(0)
-    spectrum = None if matrix is None else spectrum_of(matrix, point.eps)
+    spectrum = spectrum_of(point, matrix)
     if cotangent is None:
         ct = _default_cotangent(point, spectrum, random)
     else:

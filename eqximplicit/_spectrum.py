@@ -19,8 +19,10 @@ class Spectrum(eqx.Module):
     **Attributes:**
 
     - `largest`, `smallest`: its singular values.
-    - `null`: the right singular vector of the smallest, flat, of length one.
-    - `flats`: how many singular values are zero to working precision.
+    - `null`: the direction that is weakest, flat, of length one.
+    - `flats`: how many singular values are zero to working precision. Unless the
+        matrix is claimed to be symmetric, in which case lengths mean something, both
+        are judged in units in which all rows and columns are alike.
     - `range_basis`: left singular vectors of those that are not.
     - `lowest`: the lowest eigenvalue of the symmetric part, over `largest`.
     - `highest`: the highest one.
@@ -48,21 +50,44 @@ def matrix_of(point: Point) -> Vector | None:
     return matrix if np.isfinite(matrix).all() else None
 
 
-def spectrum_of(matrix: Vector, eps: float) -> Spectrum:
-    """The spectrum of a matrix that was computed with machine epsilon `eps`."""
+def spectrum_of(point: Point, matrix: Vector | None) -> Spectrum | None:
+    """The spectrum of the matrix of a point, if there is one."""
+    if matrix is None:
+        return None
+    eps, symmetric = point.eps, lx.is_symmetric(point.operator)
     u, s, vt = np.linalg.svd(matrix)
-    top = float(s[0])
-    zero = s <= singular_below(eps) * top
+    top, null, alike = float(s[0]), vt[-1], s
+    if not symmetric:
+        scaled, units = _equilibrated(matrix)
+        _, alike, vt = np.linalg.svd(scaled)
+        null = vt[-1] * units / np.max(units)
+    zero = alike <= singular_below(eps) * alike[0]
     values = np.linalg.eigvalsh((matrix + matrix.T) / 2) / (top or 1.0)
     return Spectrum(
         largest=top,
-        smallest=0.0 if s[-1] <= eps * top else float(s[-1]),
-        null=vt[-1],
+        smallest=0.0 if alike[-1] <= eps * alike[0] else float(s[-1]),
+        null=null / np.linalg.norm(null),
         flats=int(zero.sum()),
         range_basis=u[:, ~zero],
         lowest=float(values[0]),
         highest=float(values[-1]),
     )
+
+
+def _equilibrated(matrix: Vector) -> tuple[Vector, Vector]:
+    """`R A C`, the largest entry of each row and column about one, and `C`.
+
+    The diagonal scalings of Ruiz (*A scaling algorithm to equilibrate both rows and
+    columns norms in matrices*, 2001).
+    """
+    columns = np.ones(len(matrix))
+    for _ in range(10):
+        sizes = np.abs(matrix)
+        rows, cols = (np.sqrt(np.max(sizes, axis=axis)) for axis in (1, 0))
+        rows, cols = (np.where(size > 0, size, 1) for size in (rows, cols))
+        matrix = matrix / rows[:, None] / cols[None, :]
+        columns = columns / cols
+    return matrix, columns
 
 
 def conditioning(point: Point, spectrum: Spectrum | None) -> list[Finding]:
@@ -80,7 +105,8 @@ def conditioning(point: Point, spectrum: Spectrum | None) -> list[Finding]:
     return [
         Finding(
             "warning",
-            "The Jacobian `∂F/∂y` is ill-conditioned: the derivative has few digits.",
+            "The Jacobian `∂F/∂y` is ill-conditioned: the derivative may have few "
+            "digits.",
             where,
             f"condition number {number(spectrum.condition)}, relative error up to "
             f"about {lost}",
@@ -117,6 +143,19 @@ def _flat_directions(spectrum: Spectrum, where: str) -> Finding:
 def probe(operator: lx.AbstractLinearOperator, vector: Vector) -> Vector:
     """`A v` for a flat vector `v`."""
     return flat(operator.mv(unflat(vector, operator.in_structure())))
+
+
+def entrywise_asymmetry(matrix: Vector) -> float:
+    """The largest `|aᵢⱼ - aⱼᵢ|`, relative to the diagonal's `sqrt(|aᵢᵢ aⱼⱼ|)`.
+
+    So it does not depend on the units of the unknowns. For a zero on the diagonal, the
+    largest entry of its row and column stands in.
+    """
+    sizes, diagonal = np.abs(matrix), np.abs(np.diag(matrix))
+    largest = np.maximum(sizes.max(axis=0), sizes.max(axis=1))
+    units = np.sqrt(np.where(diagonal > 0, diagonal, largest))
+    scale = units[:, None] * units[None, :]
+    return float(np.max(np.abs(matrix - matrix.T) / np.where(scale > 0, scale, 1)))
 
 
 def asymmetry(point: Point, random: np.random.Generator) -> float:

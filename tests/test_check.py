@@ -255,6 +255,25 @@ def test_ill_conditioned_jacobian_is_a_warning_with_its_number():
     np.testing.assert_allclose(report.condition, 1e9, rtol=1e-6)
 
 
+def test_equations_in_different_units_are_neither_singular_nor_symmetric():
+    scale = jnp.array([1e8, 1e-6])
+    fn = lambda y, a: scale * jnp.stack([y[0] - a, y[1] - a * y[0]])
+    solve = lambda y0, a: jnp.stack([a, a**2])
+    report = checked(eqi.Root(fn), solve, jnp.ones(2), 2.0)
+    assert severities(report, "singular") == []
+    assert severities(report, "looks symmetric") == []
+    assert [f for f in report.findings if f.severity == "error"] == []
+    assert report.difference_error < 1e-9
+
+
+def test_dependent_equations_in_different_units_are_singular():
+    scale = jnp.array([1e8, 1e-6])
+    fn = lambda y, a: scale * (1e4 * y[0] + y[1] - a)
+    report = checked(eqi.Root(fn), lambda y0, a: jnp.stack([0 * a, a]), TWO, 2.0)
+    assert severities(report, "singular") == ["error"]
+    assert "100% in `y`" in where(report, "singular")[0]
+
+
 def test_multiple_root_is_a_warning():
     solve = lambda y0, a: a + 1e-6
     report = checked(eqi.Root(lambda y, a: (y - a) ** 2), solve, jnp.array(1.0), 2.0)
