@@ -151,6 +151,15 @@ def test_solve_stopped_early_is_found_by_residual_and_by_differences():
     )
 
 
+def test_condition_that_is_slightly_another_equation_is_a_warning():
+    report = checked(
+        eqi.Root(lambda y, a: y**2 - 1.001 * a), lambda y0, a: jnp.sqrt(a), 1.0, 4.0
+    )
+    assert severities(report, "a little off") == ["warning"]
+    # The slopes are 1.001 / (2 y) and 1 / (2 y).
+    np.testing.assert_allclose(report.difference_error, 1e-3 / 1.001, rtol=1e-6)
+
+
 def test_condition_with_another_sign_than_the_solver_is_found():
     report = checked(eqi.Root(lambda y, a: y**3 + a), cube_root, jnp.array(1.0), 8.0)
     assert severities(report, "not a solution") == ["error"]
