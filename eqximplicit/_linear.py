@@ -171,13 +171,30 @@ def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
 def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # A zero cotangent is a lane that nobody asks about, and it must stay zero.
     rule, state, doubt = system
-    state, options = rule.solver.transpose(state, rule.options)
-    asked = _normalised(rule, vector, options)
-    found = _answer(rule, state, asked)
+    asked, found = transposed(rule, state, vector)
     wrong = None
     if doubt is not None:
         wrong = doubt.contradicts_cotangent(asked.vector, found.x)
     return _solved(rule, found, asked.back, found.asked, wrong)
+
+
+def transposed(
+    rule: LinearRule, state: Any, vector: PyTree[Array]
+) -> tuple[_Asked, Measured]:
+    """The transposed system for a cotangent in other units, and its answer in them."""
+    state, options = rule.solver.transpose(state, rule.options)
+    asked = _normalised(rule, vector, options)
+    return asked, _answer(rule, state, asked)
+
+
+def factorised(
+    rule: LinearRule,
+    operator: lx.AbstractLinearOperator,
+    value: PyTree[Array],
+    y: PyTree[Array],
+) -> Any:
+    """What the solver computes from the operator alone, at `y` of residual `value`."""
+    return rule.solver.init(operator, _at_a_point(rule, operator, value, y))
 
 
 def _examined(
@@ -269,7 +286,7 @@ def differentiable_linear_solve(
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
     operator = lx.FunctionLinearOperator(mv, structure, rule.tags)
-    state = rule.solver.init(operator, _at_a_point(rule, operator, value, y))
+    state = factorised(rule, operator, value, y)
     f_leaves, factors = flatten((rule, state, doubt))
 
     def apply(leaves: Leaves, v: Leaves) -> Leaves:

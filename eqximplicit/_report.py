@@ -14,10 +14,17 @@ from ._adjoint import ImplicitAdjoint
 from ._custom_types import PyTree
 from ._finding import Finding, number, rendered
 from ._forward import failed_solve
+from ._linear import factorised, LinearRule, transposed
 from ._point import AnyLayer, examine, flat, implicit_adjoint, Point, subject, unflat
 from ._spectrum import conditioning, false_tags, matrix_of, Spectrum, spectrum_of
-from ._state import real_dtype, retree, to_real
+from ._state import real_dtype, to_real
+from ._vector import vector_at
 from .linear_solvers import AutoLinearSolver
+from .linear_solvers._placed import OnOneDevice
+from .linear_solvers._residual import scale, where, zeros_like
+from .linear_solvers.checked import checked
+
+Vector = np.ndarray[Any, np.dtype[Any]]
 
 
 class GradientReport(eqx.Module):
@@ -30,10 +37,11 @@ class GradientReport(eqx.Module):
     - `residual`: `‖ȳ - (∂F/∂y)ᵀ x‖ / ‖ȳ‖` of the adjoint solve, measured. Euclidean,
         dimensionless.
     - `iterations`: the number of steps of the linear solver; `None` if it reports none.
-    - `condition`: the condition number of `∂F/∂y`, for up to 512 unknowns.
+    - `condition`: the condition number of `∂F/∂y`, for up to 512 unknowns; for more,
+        the estimate of the linear solver, if it makes one.
     - `num_bytes`: what the linear solver keeps of `∂F/∂y` (a factorisation, say).
-    - `error`: the relative error of the adjoint vector `x` against a dense
-        pseudo-inverse, for up to 512 unknowns.
+    - `error`: the relative error of the adjoint vector `x` against a dense solve, or
+        the pseudo-inverse of a singular matrix, for up to 512 unknowns.
     - `findings`: what is the matter, each an [`eqximplicit.Finding`][].
     """
 
@@ -69,25 +77,26 @@ class _Adjoint(eqx.Module):
     x: PyTree[Array]
     residual: Array
     successful: Array
-    steps: Array | None
+    stats: dict[str, Any]
 
 
+@eqx.filter_jit
 def _solved(
-    operator: lx.AbstractLinearOperator,
-    transposed: lx.AbstractLinearOperator,
+    point: Point,
+    transpose: lx.AbstractLinearOperator,
     adjoint: ImplicitAdjoint,
     ct: PyTree[Array],
 ) -> _Adjoint:
-    solver, options = adjoint.linear_solver, adjoint.options
-    state = solver.init(operator, options)
-    if not lx.is_symmetric(operator):  # as the rule does
-        state, options = solver.transpose(state, options)
-    x, result, stats = solver.compute(state, ct, options)
-    left = jtu.tree_map(jnp.subtract, ct, transposed.mv(x))
+    """The adjoint system, solved by the very steps of the rule."""
+    solver, tags = checked(adjoint.linear_solver), point.condition.tags
+    rule = LinearRule(solver, adjoint.options, tags, trusted=jnp.asarray(True))
+    y, value = (to_real(v, _dtype(ct)) for v in (point.y, point.residual(point.y)))
+    asked, found = transposed(rule, factorised(rule, point.operator, value, y), ct)
+    x = where(found.asked, found.x, zeros_like(found.x))
+    x = x if asked.back is None else scale(asked.back, x)
+    left = jtu.tree_map(jnp.subtract, ct, transpose.mv(x))
     residual = _norm(left) / jnp.maximum(_norm(ct), jnp.finfo(_dtype(ct)).tiny)
-    good = jnp.asarray(result == lx.RESULTS.successful) & jnp.isfinite(residual)
-    steps = stats.get("num_steps")
-    return _Adjoint(x, residual, good, None if steps is None else jnp.asarray(steps))
+    return _Adjoint(x, residual, found.good & jnp.isfinite(residual), found.stats)
 
 
 def _norm(tree: PyTree[Array]) -> Array:
@@ -104,6 +113,7 @@ def _chosen(
     solver = adjoint.linear_solver
     if isinstance(solver, AutoLinearSolver):
         chosen, reason = solver.select(operator)
+        chosen = chosen.direct if isinstance(chosen, OnOneDevice) else chosen
         return type(chosen).__name__, reason
     return type(solver).__name__, "it is the `linear_solver` of the adjoint"
 
@@ -125,21 +135,29 @@ def _default_cotangent(
 
 
 def _as_cotangent(point: Point, cotangent: PyTree[Any]) -> PyTree[Array]:
-    like = jtu.tree_map(lambda y, c: jnp.asarray(c, y.dtype), point.y, cotangent)
     # JAX pairs cotangents without a conjugate; the real form pairs real with real.
-    conjugate = jtu.tree_map(jnp.conj, retree(like, point.y))
+    like = vector_at("cotangent", cotangent, "the solution", point.y)
+    conjugate = jtu.tree_map(jnp.conj, like)
     return to_real(conjugate, real_dtype(point.y))
 
 
 def _error(
-    matrix: np.ndarray[Any, np.dtype[Any]] | None, solved: _Adjoint, ct: PyTree[Array]
+    matrix: Vector | None, spectrum: Spectrum | None, x: Vector, ct: Vector
 ) -> float | None:
-    if matrix is None:
+    if matrix is None or spectrum is None:
         return None
-    exact = np.linalg.pinv(matrix.T, rcond=1e-10) @ flat(ct)
-    return float(
-        np.linalg.norm(flat(solved.x) - exact) / (np.linalg.norm(exact) or 1.0)
-    )
+    if spectrum.flats:
+        exact = np.linalg.pinv(matrix.T, rcond=1e-10) @ ct
+    else:
+        exact = np.linalg.solve(matrix.T, ct)
+    return float(np.linalg.norm(x - exact) / (np.linalg.norm(exact) or 1.0))
+
+
+def _condition(spectrum: Spectrum | None, stats: dict[str, Any]) -> float | None:
+    if spectrum is not None:
+        return spectrum.condition
+    estimate = stats.get("condition_estimate")
+    return None if estimate is None else float(estimate)
 
 
 def gradient_report(
@@ -164,7 +182,8 @@ def gradient_report(
     **Returns:** a [`eqximplicit.GradientReport`][]; `print` it.
 
     **Raises:** `TypeError` for another kind of layer or adjoint; `ValueError` inside
-    `jit`, and whatever the linear solver refuses (a matrix that does not fit, say).
+    `jit`, for a cotangent that does not fit the solution, and whatever the linear
+    solver refuses (a matrix that does not fit, say).
 
     !!! example
 
@@ -186,9 +205,9 @@ def gradient_report(
         ct = _default_cotangent(point, spectrum, random)
     else:
         ct = _as_cotangent(point, cotangent)
-    transposed = point.untagged.transpose()
-    solved = eqx.filter_jit(_solved)(point.operator, transposed, adjoint, ct)
-    error = _error(matrix, solved, ct)
+    solved = _solved(point, point.untagged.transpose(), adjoint, ct)
+    error = _error(matrix, spectrum, flat(solved.x), flat(ct))
+    steps = solved.stats.get("num_steps")
     name, reason = _chosen(point.operator, adjoint)
     findings = [
         *failed_solve(point),
@@ -202,8 +221,8 @@ def gradient_report(
         size=point.size,
         dtype=str(real_dtype(point.y)),
         residual=float(solved.residual),
-        iterations=None if solved.steps is None else int(solved.steps),
-        condition=None if spectrum is None else spectrum.condition,
+        iterations=None if steps is None else int(steps),
+        condition=_condition(spectrum, solved.stats),
         num_bytes=_kept_bytes(point.operator, adjoint),
         error=error,
         findings=tuple(findings),
@@ -216,6 +235,9 @@ def _inexact(
     residual = float(solved.residual)
     figures = f"relative residual {number(residual)}, relative error {number(error)}"
     if not bool(solved.successful):
+        other = "LeastNorm()"
+        if name == "LeastNorm":  # which has found no solution
+            other = "LeastNorm(least_squares=True)"
         return [
             Finding(
                 "error",
@@ -224,7 +246,7 @@ def _inexact(
                 "`adjoint.linear_solver`",
                 figures,
                 "Pass the cotangent of your own loss; if it fails too, use another "
-                "`linear_solver`, such as `eqi.LeastNorm()` for a singular system.",
+                f"`linear_solver`, such as `eqi.{other}` for a singular system.",
             )
         ]
     if residual <= eps**0.5:

@@ -199,6 +199,57 @@ def test_report_of_something_else_is_refused():
         eqi.gradient_report(jnp.sin, GUESS, TARGET)
 
 
+def test_report_fails_where_the_rule_does():
+    singular = np.arange(1.0, 10.0).reshape(3, 3)
+    layer = eqi.ImplicitFunction(
+        eqi.Root(lambda y, a: jnp.asarray(singular) @ (y - a)),
+        lambda y0, a: a,
+        eqi.ImplicitAdjoint(lx.QR()),
+    )
+    cotangent = jnp.array([1.0, 2.0, 4.0])
+    gradient = jax.grad(lambda a: layer(GUESS, a) @ cotangent)(TARGET)
+    assert np.isnan(gradient).all()
+    report = eqi.gradient_report(layer, GUESS, TARGET, cotangent)
+    assert "`QR` did not solve the adjoint system" in whats(report)
+
+
+def test_error_is_that_of_a_regular_system_however_its_rows_are_scaled():
+    scaled = np.diag([1e8, 1.0, 1e-6]) @ A
+    report = report_of(scaled, cotangent=jnp.array([1.0, 2.0, 3.0]))
+    assert report.error < 1e-8
+    assert "singular" not in whats(report)
+
+
+@pytest.mark.parametrize("cotangent", [jnp.ones(2), [jnp.ones(3)], 1j * np.ones(3)])
+def test_cotangent_that_does_not_fit_is_refused(cotangent):
+    with pytest.raises(ValueError, match="The cotangent|the cotangent"):
+        report_of(A, cotangent=cotangent)
+
+
+def banded_report(linear_solver):
+    scale = jnp.linspace(2.0, 3.0, 600)
+    fn = lambda y, b: scale * y + 0.5 * jnp.append(y[1:], 0.0) - b
+    adjoint = eqi.ImplicitAdjoint(linear_solver)
+    layer = eqi.ImplicitFunction(eqi.Root(fn), lambda y0, b: y0, adjoint)
+    return eqi.gradient_report(layer, jnp.zeros(600), jnp.zeros(600))
+
+
+def test_solver_has_its_public_name():
+    assert banded_report(eqi.AutoLinearSolver()).solver == "SparseDirect"
+
+
+def test_estimate_of_the_condition_stands_in_for_a_large_matrix():
+    assert 1.0 < banded_report(eqi.SparseDirect()).condition < 10.0
+
+
+def test_least_norm_that_fails_is_not_advised():
+    matrix = np.diag([1.0, 2.0, 0.0])
+    report = report_of(matrix, eqi.LeastNorm(), cotangent=jnp.ones(3))
+    (found,) = [f for f in report.findings if "did not solve" in f.what]
+    assert "LeastNorm(least_squares=True)" in found.remedy
+    assert "LeastNorm()" not in found.remedy
+
+
 def test_print_shows_figures_and_what_to_do():
     text = str(report_of(A, tags=lx.symmetric_tag))
     for word in (
