@@ -83,6 +83,27 @@ def test_failure_stops_by_itself_and_names_its_reason(fn, start, reason):
     np.testing.assert_array_equal(stats["residual_norm"], expected)
 
 
+FACTORS = [np.random.default_rng(i).normal(size=(5, 3)) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("fn", "start"),
+    [
+        (lambda y, _: jnp.stack([y[0] + y[1], y[0] + y[1] - 1]), [0.0, 0.0]),
+        (lambda y, _: jnp.stack([y[0] - y[1], y[0] - (y[1] + 1)]), [1.0, 2.0]),
+        (lambda y, _: jnp.asarray(FACTORS[0] @ FACTORS[1].T) @ y - 1, [0.0] * 5),
+        (lambda y, _: (y + 1) - y, [1.0] * 3),
+    ],
+    ids=["sum", "absorbed", "rank 3 of 5", "shift"],
+)
+def test_rounding_far_along_a_kernel_is_no_progress(fn, start):
+    y, stats, claimed = _solve(fn, jnp.array(start))
+    assert not claimed
+    assert bool(stats["result"] == RESULTS.singular_jacobian)
+    assert int(stats["num_steps"]) < MAX_STEPS
+    assert np.max(np.abs(y)) < 1e4
+
+
 def test_tolerance_below_the_rounding_of_the_function_is_named():
     solver = AutoRootFinder(atol=1e-14)
     fn = lambda y, args: 1e6 * (y**2 - 2.0)

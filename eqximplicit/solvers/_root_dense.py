@@ -58,13 +58,14 @@ def init_dense(y: PyTree[Array], aux: Aux) -> DenseState[Aux]:
     )
 
 
-def _measured_trial(base: Base, x: Array, residual: Array) -> ph.Trial:
+def _measured_trial(base: Base, best: Array, x: Array, residual: Array) -> ph.Trial:
     step = x - base.x
     linear = base.residual + step @ base.transposed
-    lengths = vs.lengths([residual, step, base.x, linear], x.dtype)
-    norm, step_length, base_length, linear_norm = lengths
+    terms = jnp.abs(x - best) @ jnp.abs(base.transposed)
+    lengths = vs.lengths([residual, step, base.x, linear, terms], x.dtype)
+    norm, step_length, base_length, linear_norm, terms_length = lengths
     largest = peak(residual)
-    return ph.Trial(norm, largest, step_length, base_length, linear_norm)
+    return ph.Trial(norm, largest, step_length, base_length, linear_norm, terms_length)
 
 
 class _Measured(eqx.Module):
@@ -103,7 +104,11 @@ def _direction(n: int, number: Array) -> Float[Array, " n"]:
 
 
 def _propose(
-    base: Base, gradient: Array, seen: _Measured, control: ph.Control
+    base: Base,
+    gradient: Array,
+    seen: _Measured,
+    control: ph.Control,
+    start_length: Array,
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """The next trial: a Newton step, bounded in length, or a damped one.
 
@@ -120,7 +125,10 @@ def _propose(
     factor = jnp.where(damped | (size <= longest), 1, longest / size)
     factor = jnp.where(control.flipped > 0, -factor, factor)
     usable = jnp.isfinite(size) & (size > 0) & (control.aside == 0)
-    lost = longest * _direction(step.size, control.aside)
+    # Without a direction the way must not grow with the distance: where `y + 1` is
+    # `y`, anything is a root.
+    widest = jnp.minimum(longest, ph.FAR * start_length)
+    lost = widest * _direction(step.size, control.aside)
     trial = base.x + jnp.where(usable, factor * step, lost)
     return trial, ph.is_regular(control, seen.control.jacobian, size)
 
@@ -156,11 +164,12 @@ def why(state: DenseState[Any], y: PyTree[Array], limits: ph.Limits) -> RESULTS:
     diverged = as_results(RESULTS.nonlinear_divergence)
     far = norm_of(real_vector(y).ravel(y)) > ph.FAR * state.start_length
     reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
+    stuck = control.stuck > 0
+    reason = RESULTS.where(stuck, RESULTS.unattainable_tolerance, reason)
+    # Far along a kernel everything is rounding: that is no reason of its own.
     reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)
     smooth = all_finite(state.base.transposed)
     reason = RESULTS.where(smooth, reason, RESULTS.nonfinite_jacobian)
-    stuck = control.stuck > 0
-    reason = RESULTS.where(stuck, RESULTS.unattainable_tolerance, reason)
     no_start = ~jnp.isfinite(control.best_max)
     reason = RESULTS.where(no_start, RESULTS.nonfinite_start, reason)
     return RESULTS.where(success, RESULTS.successful, reason)
@@ -183,7 +192,7 @@ def step_dense(
     x = space.ravel(trial_y)
 
     # What the trial shows; the new base, and the best point.
-    trial = _measured_trial(*stop_gradient((base, x, residual)))
+    trial = _measured_trial(*stop_gradient((base, space.ravel(y), x, residual)))
     decision = ph.decided(state.control, trial, limits)
     accepted, better = decision.accepted > 0, decision.better > 0
     matrix = jax.lax.cond(decision.wanted > 0, transposed, lambda: base.transposed)
@@ -196,12 +205,13 @@ def step_dense(
     seen = _measured_base(*stop_gradient((base, gradient)), atol)
     vector = ph.after(state.control, trial, seen.control, decision, x.size)
     control = ph.read(vector)
-    proposed, regular = _propose(base, gradient, seen, control)
+    length = state.start_length
+    proposed, regular = _propose(base, gradient, seen, control, length)
     return y, DenseState(
         base=base,
         trial=jnp.where(control.to_best > 0, space.ravel(y), proposed),
         aux=best_aux,
         control=vector,
         ever_regular=state.ever_regular | regular,
-        start_length=state.start_length,
+        start_length=length,
     )

@@ -54,6 +54,8 @@ _RESTARTS_ALONG = 12
 FAR = 1e6
 # `|J| |d| / |F|` above this fraction of 1/eps: the Jacobian is singular.
 _REGULAR = 0.01
+# A change of |F| by so many roundings of the terms that make it means nothing.
+_ROUNDINGS = 4.0
 
 
 class Control(eqx.Module):
@@ -108,6 +110,7 @@ class Trial(eqx.Module):
     step: Array  # |trial - base|
     base: Array  # |base|
     linear: Array  # |F(base) + J (trial - base)|
+    terms: Array  # of J (trial - best point): the length of their absolute sums
 
 
 class Base(eqx.Module):
@@ -173,9 +176,13 @@ def decided(vector: Float[Array, " n"], trial: Trial, limits: Limits) -> Decisio
     ratio = where(finite, _ratio(control, trial), -1)
     unconditional = (control.forced > 0) | (control.damped == 0)
     accepted = finite & (unconditional | (ratio > _MIN_RATIO))
-    success = finite & (trial.largest <= limits.atol)
     first = ~jnp.isfinite(control.best_max)
-    better = success | (finite & ((trial.norm < control.best_norm) | first))
+    # Far along the kernel of J the terms of F absorb what is left of it.
+    drop = where(first, jnp.inf, control.best_norm - trial.norm)
+    rounding = _ROUNDINGS * float(jnp.finfo(drop.dtype).eps) * trial.terms
+    seen = (drop > rounding) | (rounding <= limits.atol)
+    success = finite & (trial.largest <= limits.atol) & seen
+    better = success | (finite & (drop > rounding))
     decision = Decision(ratio, accepted, better, accepted & ~success)
     return unpacked(Decision, settled(packed(decision, few.dtype), few))
 
@@ -278,15 +285,19 @@ def after(
     arrived = changed(control, forced=nothing, radius=radius, to_best=nothing)
     damped = _select(control.forced > 0, arrived, damped)
     new = _select(control.damped > 0, damped, newton)
-    best = ~better & (control.base_norm <= control.best_norm)
+    best = ~better & (control.base_norm == control.best_norm)
     new = changed(new, stuck=best & (base.excess <= 0))
     return settled(_fields(new), vector)
 
 
 def is_regular(control: Control, jacobian_norm: Array, step_length: Array) -> Array:
-    """Whether a step shows that the Jacobian is not singular."""
+    """Whether a step shows that the Jacobian is not singular.
+
+    For the best residual, the least of which lies in the range of any Jacobian: to go
+    back from far outside is no evidence.
+    """
     eps = float(jnp.finfo(control.mark.dtype).eps)
-    too_large = _REGULAR * control.base_norm / eps
+    too_large = _REGULAR * control.best_norm / eps
     return (jacobian_norm * step_length < too_large) & (control.damped == 0)
 
 
