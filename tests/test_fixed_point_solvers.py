@@ -466,6 +466,39 @@ def test_broyden_searches_along_its_step_where_the_full_step_diverges():
     np.testing.assert_allclose(sol.value, 0, atol=1e-9)
 
 
+TURN = np.array([[1.0, -2.0], [2.0, 1.0]])  # less the identity, by a right angle
+SLOW = np.diag(np.linspace(-0.9999, 0.9999, 20)) + np.diag(np.full(19, 0.3), 1)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "update", "max_steps"),
+    [(TURN, "good", 64), (TURN, "bad", 64), (SLOW, "good", 256), (SLOW, "bad", 256)],
+)
+def test_broyden_solves_a_linear_map_that_turns_or_hardly_moves(
+    matrix, update, max_steps
+):
+    b = np.linspace(1.0, 0.0, len(matrix))
+    solver = Broyden(update=update)
+    sol = optx.fixed_point(
+        lambda y, args: args[0] @ y + args[1],
+        solver,
+        jnp.zeros(len(matrix)),
+        (jnp.asarray(matrix), jnp.asarray(b)),
+        max_steps=max_steps,
+        throw=False,
+    )
+    assert sol.result == optx.RESULTS.successful
+    exact = np.linalg.solve(np.eye(len(matrix)) - matrix, b)
+    np.testing.assert_allclose(sol.value, exact, atol=1e-4)
+
+
+def test_broyden_calls_no_minimum_what_it_has_not_shown_to_be_one():
+    sol = optx.fixed_point(
+        lambda y, args: y**2 + 1, Broyden(), jnp.array([0.2]), throw=False
+    )
+    assert sol.stats["result"] == RESULTS.nonlinear_divergence
+
+
 def test_broyden_forgets_a_full_memory_and_goes_on():
     p = BY_NAME["PageRank"]
     sol = solve(p, Broyden(rtol=0.0, atol=1e-10, window=3))

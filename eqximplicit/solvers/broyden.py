@@ -19,6 +19,10 @@ MAX_SHORTER = 8  # rejected trial points before the memory is given up
 MAX_BARREN = 3  # new memories in a row without a better point
 STALE = 20  # steps without a better point before rounding is suspected
 LOST = 40  # the same before the search goes back to the best point
+LEARNT = 10.0  # residual, in units of the anchor's, up to which a rejection teaches
+# An update that would multiply the determinant by less than `SOUND`, as its vectors are
+# orthogonal up to this cosine, is damped to do no worse.
+SOUND, RIGHT_ANGLE = 0.1, 1e-3
 
 
 class Kind(enum.IntEnum):
@@ -82,6 +86,10 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
     $$H + \frac{(s - H z)\, v^T}{v^T z}, \qquad
     v = H^T s \text{ ("good")} \quad\text{or}\quad v = z \text{ ("bad")}.$$
 
+    Where that turns $H$ singular, since the Jacobian turns $s$ by a right angle, the
+    update is damped. The good method learns from a rejected step, too, unless that
+    leaves ten times the residual.
+
     The line search accepts $\|f(y + t s)\| \le (1 + \eta_k - 10^{-4} t) \|f(y)\|$ with
     a summable $\eta_k$ (Li and Fukushima 2000), else it takes $t$ from a parabola.
     A full memory, a line search without success, and many steps without a better point
@@ -119,7 +127,9 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
     ??? cite "References"
 
         C. G. Broyden, *A class of methods for solving nonlinear simultaneous
-        equations*, Math. Comp. 19 (1965). D.-H. Li and M. Fukushima, *A derivative-free
+        equations*, Math. Comp. 19 (1965). J. J. Moré and J. A. Trangenstein, *On the
+        global convergence of Broyden's method*, Math. Comp. 30 (1976): the damped
+        update. D.-H. Li and M. Fukushima, *A derivative-free
         line search and global convergence of Broyden-like method for nonlinear
         equations*, Optim. Methods Softw. 13 (2000). C. T. Kelley, *Iterative Methods
         for Linear and Nonlinear Equations*, SIAM (1995), chapters 7 and 8.
@@ -229,7 +239,9 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         accepted = finite & (start | (search & (point.merit <= limit)))
         rejected = search & ~accepted
 
-        inverse = self._updated(state, point, finite, accepted & search)
+        near = finite & (point.merit <= LEARNT * anchor.merit)
+        known = accepted | (near if self.update == "good" else jnp.array(False))
+        inverse = self._updated(state, point, finite, known & search)
         residual = verdict.tolerance(0.0, self.atol, self.norm, point.y)
         new = residual.judge(point, aux, jnp.asarray(jnp.inf, anchor.merit.dtype))
         improved = accepted & (point.merit < best.point.merit)
@@ -270,7 +282,12 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         z = vs.minus(point.residual, state.anchor.residual)
         squares = vs.dot(z, z, dtype)
         probe = (state.kind == int(Kind.PROBE)) & finite & (squares > 0)
-        scale = vs.dot(s, z, dtype) / jnp.where(squares > 0, squares, 1)
+        squares = jnp.where(squares > 0, squares, 1)
+        scale = vs.dot(s, z, dtype) / squares
+        # Not zero where they are orthogonal.
+        least = SOUND * vs.length(s, dtype) / jnp.sqrt(squares)
+        least = jnp.where(scale < 0, -least, least)
+        scale = jnp.where(jnp.abs(scale) < jnp.abs(least), least, scale)
         usable = jax.lax.stop_gradient(jnp.isfinite(scale) & (scale != 0))
         fresh = probe & usable
         full = update & (inverse.count >= self.window)
@@ -281,12 +298,17 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
             jnp.where((state.kind == int(Kind.PROBE)) | full, 0, inverse.count),
         )
 
-        hz = inverse.mv(z)
-        v = inverse.transposed(s) if self.update == "good" else z
+        hz, good = inverse.mv(z), self.update == "good"
+        v = inverse.transposed(s) if good else z
         pivot = vs.dot(v, z, dtype)
+        whole = vs.dot(s, s, dtype) if good else pivot
+        image = vs.scaled(-state.size, state.anchor.residual)  # the inverse of H, of s
+        left, right = (z, v) if good else (image, z)
+        part = _part(left, right, whole)
+        pivot = part * pivot + (1 - part) * whole
         smallest = vs.resolution(s) * vs.length(v, dtype) * vs.length(z, dtype)
         regular = jax.lax.stop_gradient(jnp.abs(pivot) > smallest)
-        u = vs.scaled(1 / jnp.where(regular, pivot, 1), vs.minus(s, hz))
+        u = vs.scaled(part / jnp.where(regular, pivot, 1), vs.minus(s, hz))
         update = update & regular
         slot = jnp.minimum(inverse.count, self.window - 1)
         return _Inverse(
@@ -321,12 +343,30 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         rounding = (state.num_stale >= STALE) & (best.floor <= verdict.NEAR_ROUNDING)
         stuck = rounding | (state.num_barren >= MAX_BARREN)
         ongoing = ~(state.done | best.converged)
-        result = RESULTS.where(ongoing & stuck, verdict.why_stuck(best), state.result)
+        # That no step was found does not prove a local minimum.
+        reason = verdict.why_stuck(best)
+        unproven = reason == RESULTS.local_minimum
+        reason = RESULTS.where(unproven, verdict.divergence(), reason)
+        result = RESULTS.where(ongoing & stuck, reason, state.result)
         return eqx.tree_at(
             lambda s: (s.best, s.done, s.result),
             state,
             (best, state.done | best.converged | stuck, result),
         )
+
+
+def _part(left: Any, right: Any, whole: Float[Array, ""]) -> Float[Array, ""]:
+    """The part of an update that is made: all, unless that turns `H` singular.
+
+    All of it multiplies a determinant by the inner product over `whole`.
+    """
+    dtype = whole.dtype
+    product = vs.dot(left, right, dtype)
+    lengths = vs.length(left, dtype) * vs.length(right, dtype)
+    ratio = product / jnp.where(whole > 0, whole, 1)
+    least = jnp.where(ratio < 0, -SOUND, SOUND).astype(dtype)
+    singular = (jnp.abs(product) < RIGHT_ANGLE * lengths) & (jnp.abs(ratio) < SOUND)
+    return jax.lax.stop_gradient(jnp.where(singular, (1 - least) / (1 - ratio), 1))
 
 
 def _shorter(
