@@ -41,7 +41,6 @@ class DenseState(eqx.Module, Generic[Aux]):
     aux: Aux  # of the best point
     control: Float[Array, " c"]
     ever_regular: Bool[Array, ""]  # some Jacobian was not singular
-    start_length: Float[Array, ""]
 
 
 def init_dense(y: PyTree[Array], aux: Aux) -> DenseState[Aux]:
@@ -52,16 +51,15 @@ def init_dense(y: PyTree[Array], aux: Aux) -> DenseState[Aux]:
         base=Base(x, jnp.zeros_like(x), jnp.zeros((x.size, x.size), x.dtype)),
         trial=space.ravel(y),
         aux=aux,
-        control=ph.at_start(space.dtype),
+        control=ph.at_start(norm_of(x)),
         ever_regular=jnp.array(False),
-        start_length=ph.length_or_one(norm_of(x)),
     )
 
 
 def _measured_trial(base: Base, best: Array, x: Array, residual: Array) -> ph.Trial:
     step = x - base.x
     linear = base.residual + step @ base.transposed
-    terms = jnp.abs(x - best) @ jnp.abs(base.transposed)
+    terms = jnp.sum(jnp.abs((x - best)[:, None] * base.transposed), axis=0)
     lengths = vs.lengths([residual, step, base.x, linear, terms], x.dtype)
     norm, step_length, base_length, linear_norm, terms_length = lengths
     largest = peak(residual)
@@ -108,7 +106,6 @@ def _propose(
     gradient: Array,
     seen: _Measured,
     control: ph.Control,
-    start_length: Array,
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """The next trial: a Newton step, bounded in length, or a damped one.
 
@@ -127,7 +124,7 @@ def _propose(
     usable = jnp.isfinite(size) & (size > 0) & (control.aside == 0)
     # Without a direction the way must not grow with the distance: where `y + 1` is
     # `y`, anything is a root.
-    widest = jnp.minimum(longest, ph.FAR * start_length)
+    widest = jnp.minimum(longest, ph.FAR * control.start)
     lost = widest * _direction(step.size, control.aside)
     trial = base.x + jnp.where(usable, factor * step, lost)
     return trial, ph.is_regular(control, seen.control.jacobian, size)
@@ -162,7 +159,7 @@ def why(state: DenseState[Any], y: PyTree[Array], limits: ph.Limits) -> RESULTS:
     control = ph.read(state.control)
     _, success = ph.is_over(control, limits)
     diverged = as_results(RESULTS.nonlinear_divergence)
-    far = norm_of(real_vector(y).ravel(y)) > ph.FAR * state.start_length
+    far = norm_of(real_vector(y).ravel(y)) > ph.FAR * control.start
     reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
     stuck = control.stuck > 0
     reason = RESULTS.where(stuck, RESULTS.unattainable_tolerance, reason)
@@ -205,13 +202,11 @@ def step_dense(
     seen = _measured_base(*stop_gradient((base, gradient)), atol)
     vector = ph.after(state.control, trial, seen.control, decision, x.size)
     control = ph.read(vector)
-    length = state.start_length
-    proposed, regular = _propose(base, gradient, seen, control, length)
+    proposed, regular = _propose(base, gradient, seen, control)
     return y, DenseState(
         base=base,
         trial=jnp.where(control.to_best > 0, space.ravel(y), proposed),
         aux=best_aux,
         control=vector,
         ever_regular=state.ever_regular | regular,
-        start_length=length,
     )

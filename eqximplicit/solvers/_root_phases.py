@@ -31,6 +31,7 @@ from .._packed import (
     packed,
     settled,
     unpacked,
+    updated,
     where,
     widened,
 )
@@ -76,6 +77,7 @@ class Control(eqx.Module):
     mark: Array  # the residual norm to be halved
     radius: Array
     # The points.
+    start: Array  # |y0|, or one
     base_norm: Array  # |F(base)|
     best_norm: Array
     best_max: Array  # largest absolute residual of the best point
@@ -142,10 +144,11 @@ def _fields(control: Control) -> Float[Array, " n"]:
     return packed(control, control.mark.dtype)
 
 
-def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:
-    """Newton, with the initial guess as the first trial."""
+def at_start(length: Float[Array, ""]) -> Float[Array, " n"]:
+    """Newton, with the initial guess, of this length, as the first trial."""
     infinite = ("mark", "base_norm", "best_norm", "best_max")
-    return constant(Control, infinite, ("forced", "radius"), dtype)
+    vector = constant(Control, infinite, ("forced", "radius"), length.dtype)
+    return updated(Control, vector, start=length_or_one(length))
 
 
 def read(vector: Float[Array, " n"]) -> Control:
