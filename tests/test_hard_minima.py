@@ -99,9 +99,32 @@ def test_no_minimum_is_claimed_where_single_precision_still_sees_a_fall(solve, f
 
 
 def test_small_gradient_in_a_soft_direction_is_told_from_a_minimum():
+    # The gradient is first within tolerance at more than 1.1 times the minimum.
     sol = eqi.minimise(watson, jnp.zeros(12), throw=False)
-    assert float(jnp.max(jnp.abs(jax.grad(watson)(sol.value, None)))) <= 1e-8
-    assert float(watson(sol.value, None)) > 1.1 * 4.72238e-10  # the minimum
+    assert bool(sol.result == RESULTS.successful)
+    np.testing.assert_allclose(watson(sol.value, None), 4.72238e-10, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fn", "start", "minimum"),
+    [
+        (
+            lambda y, a: jnp.sum(powell_badly_scaled(y, a) ** 2),
+            [0.0, 1.0],
+            [1.098159329e-5, 9.106146738],
+        ),
+        (lambda y, a: 1e-12 * jnp.sum((y - 1) ** 2), [3.0, 2.0], [1.0, 1.0]),
+    ],
+    ids=["badly scaled", "small units"],
+)
+def test_minimum_at_the_end_of_a_long_newton_step_is_found(fn, start, minimum):
+    sol = eqi.minimise(fn, jnp.array(start), throw=False)
+    assert bool(sol.result == RESULTS.successful), RESULTS[sol.result]
+    np.testing.assert_allclose(sol.value, minimum, rtol=1e-5)
+
+
+def test_objective_that_falls_for_ever_still_counts_as_flat():
+    sol = eqi.minimise(lambda y, _: jnp.exp(-y), jnp.array(0.0), throw=False)
     assert bool(sol.result == RESULTS.flat_objective)
 
 

@@ -80,7 +80,7 @@ def start(y: Y, dtype: jnp.dtype) -> PolishState[Y]:
 def polish(
     objective: Callable[[Y], tuple[Scalar, Aux]],
     norm: Callable[[Any], Scalar],
-    atol: float,
+    atol: Float[Array, ""],
     point: tuple[Y, Aux],
     state: PolishState[Y],
 ) -> tuple[tuple[Y, Aux], PolishState[Y]]:

@@ -8,7 +8,8 @@ too. Here that claim only starts the next phase of the same compiled loop:
     POLISH  trust-region Newton-CG from there, until the gradient is small or no
             further progress is possible
     CHECK   one look at the curvature; then DONE, or once more POLISH if the objective
-            could still fall and has fallen since the last look
+            could still fall and has fallen since the last look, or if a long step from
+            a gradient within tolerance leads down: then to a finer tolerance, once
 
 Each phase is guarded by a `while_loop` of at most one turn instead of a `cond`: under
 `vmap` a phase that no lane is in is then not computed at all.
@@ -35,6 +36,9 @@ _DIVERGED = as_results(RESULTS.nonlinear_divergence)
 
 MAX_STALLED = 20  # steps of SEARCH in a row that leave `y` where it is
 FAR = 1e-2  # a distance from the minimum, relative, at which it is none
+# So much of a gradient within tolerance is asked for next, where a long Newton step
+# promises a lower value: of all that is left if there is a minimum, or in vain.
+FINER = 1e-8
 
 
 class Phase(enum.IntEnum):
@@ -65,6 +69,7 @@ class VerifiedState(eqx.Module):
     num_stalled: Int[Array, ""]
     num_polish: Int[Array, ""]
     checked: Float[Array, ""]  # value at the last check
+    atol: Float[Array, ""]  # of the gradient: as asked for, or finer
     min_curvature: Float[Array, ""]
     result: RESULTS
     aux: Any
@@ -116,6 +121,7 @@ class VerifiedDescent(eqx.Module):
             num_stalled=zero,
             num_polish=zero,
             checked=jnp.asarray(jnp.inf, dtype),
+            atol=jnp.asarray(self.atol, dtype),
             min_curvature=jnp.asarray(jnp.nan, dtype),
             result=RESULTS.successful,
             aux=vs.zeros_like(aux_struct),
@@ -204,11 +210,11 @@ class VerifiedDescent(eqx.Module):
         (y, aux), new = polish(
             self._scalar(problem),
             self.norm,
-            self.atol,
+            state.atol,
             (carry.y, state.aux),
             state.polish,
         )
-        leave = new.stuck | ~(new.gradient_norm > self.atol) | new.diverged
+        leave = new.stuck | ~(new.gradient_norm > state.atol) | new.diverged
         new_state = eqx.tree_at(
             lambda s: (s.polish, s.phase, s.num_polish, s.aux),
             state,
@@ -238,6 +244,12 @@ class VerifiedDescent(eqx.Module):
         # A first failure may be that of a trust region shrunk by rounding, not by `fn`.
         again = result == RESULTS.unattainable_tolerance
         again = again & (polished.value < state.checked)
+        # The minimum may be there, at the end of a step that is long for its gradient.
+        convex = (ahead.lowest > 0) & jnp.isfinite(ahead.distance)
+        finer = (result == RESULTS.flat_objective) & convex & (state.atol >= self.atol)
+        atol = jnp.where(finer, FINER * polished.gradient_norm, state.atol)
+        again = again | finer
+        result = RESULTS.where(again, RESULTS.successful, result)  # so far
         next_phase = jnp.where(again, int(Phase.POLISH), int(Phase.DONE))
         new_state = eqx.tree_at(
             lambda s: (
@@ -245,6 +257,7 @@ class VerifiedDescent(eqx.Module):
                 s.polish.fresh,
                 s.phase,
                 s.checked,
+                s.atol,
                 s.min_curvature,
                 s.result,
             ),
@@ -254,6 +267,7 @@ class VerifiedDescent(eqx.Module):
                 again,
                 next_phase.astype(state.phase.dtype),
                 polished.value,
+                atol,
                 ahead.lowest.astype(dtype),
                 result,
             ),

@@ -35,7 +35,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     from which the Newton step $-H^{-1} \nabla f$ promises no more than rounding can
     hide, of the objective or of `y`, or no more than a relative change `rtol` of `y`.
     A gradient below `atol` does not pass where that step is long and the objective
-    would fall by more than rounding. The Hessian is looked at there (dense up to 64
+    would fall by more than rounding: where the curvature is positive the search goes on
+    to a finer gradient, once. The Hessian is looked at there (dense up to 64
     unknowns, else by 50 Lanczos steps, 12 with that tag); if its smallest eigenvalue is
     negative beyond rounding, the point is reported as a saddle.
 
