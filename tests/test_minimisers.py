@@ -146,6 +146,14 @@ def test_fire_reports_a_nonfinite_start():
     assert bool(sol.result == optx.RESULTS.nonfinite)
 
 
+def test_fire_that_runs_away_reports_divergence():
+    stiffness = jnp.array([1.0, 100.0, 1e4])
+    fn = lambda y, k: jnp.sum(k * y**2) / 2
+    sol = run(fn, FIRE(0.0, 1e-8), jnp.ones(3), stiffness, 512)
+    expect(sol, RESULTS.nonlinear_divergence)
+    assert int(sol.stats["num_steps"]) < 512
+
+
 def test_fire_lanes_are_independent_and_compiled_once():
     count = []
 
@@ -286,6 +294,11 @@ def test_nonfinite_start_is_reported():
     sol = run(lambda y, _: jnp.log(y[0]), AutoMinimiser(), jnp.array([-1.0]))
     expect(sol, RESULTS.nonfinite_start)
     assert bool(sol.result == optx.RESULTS.nonfinite)
+
+
+def test_gradient_that_is_not_finite_at_a_finite_start_is_reported():
+    sol = run(lambda y, _: jnp.sqrt(y[0]), AutoMinimiser(), jnp.array([0.0]))
+    expect(sol, RESULTS.nonfinite_jacobian)
 
 
 def test_large_values_with_rounding_still_succeed():

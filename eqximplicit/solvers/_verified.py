@@ -140,7 +140,9 @@ class VerifiedDescent(eqx.Module):
 
     def terminate(self, state: VerifiedState) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Returns whether the verdict is there, in optimistix's coarser codes."""
-        nonfinite = state.result == RESULTS.nonfinite_start
+        nonfinite = (state.result == RESULTS.nonfinite_start) | (
+            state.result == RESULTS.nonfinite_jacobian
+        )
         # optimistix has no code for a saddle or an unreachable tolerance: its
         # "diverged" stands for every failure, and `stats["result"]` says which.
         failed = optx.RESULTS.where(
@@ -237,9 +239,12 @@ class VerifiedDescent(eqx.Module):
         num_looks = _num_looks(problem.tags)
         ahead = outlook(hvp, y, polished.gradient, num_looks)
         result = self._verdict(ahead, steep, y, polished)
-        result = RESULTS.where(
-            polished.nonfinite_start, RESULTS.nonfinite_start, result
+        bad = RESULTS.where(
+            jnp.isfinite(polished.value),
+            RESULTS.nonfinite_jacobian,
+            RESULTS.nonfinite_start,
         )
+        result = RESULTS.where(polished.nonfinite_start, bad, result)
         result = RESULTS.where(polished.diverged, _DIVERGED, result)
         # A first failure may be that of a trust region shrunk by rounding, not by `fn`.
         again = result == RESULTS.unattainable_tolerance

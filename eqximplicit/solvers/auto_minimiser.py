@@ -20,7 +20,7 @@ SEARCH_TOL = 1e-4  # the search only has to come close: Newton steps do the rest
 
 
 class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
-    r"""A minimiser without knobs, whose success means a minimum.
+    r"""A minimiser without knobs, whose success means a minimum to second order.
 
     It runs optimistix's `BFGS` (up to `dense_size` unknowns), `LBFGS` (above, or
     `NonlinearCG` for a dtype that this one does not take, and inside `jax.shard_map`,
@@ -38,7 +38,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     would fall by more than rounding: where the curvature is positive the search goes on
     to a finer gradient, once. The Hessian is looked at there (dense up to 64
     unknowns, else by 50 Lanczos steps, 12 with that tag); if its smallest eigenvalue is
-    negative beyond rounding, the point is reported as a saddle.
+    negative beyond rounding, the point is reported as a saddle. A curvature of zero
+    passes: a point like 0 of `y**3` is not told from a minimum.
 
     The steps contain `while` loops: derivatives come from the implicit function theorem
     or forward mode; for reverse mode through the steps name `optimistix.BFGS`.
@@ -53,7 +54,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
     - `search_steps`: the largest number of quasi-Newton steps before Newton-CG.
 
     **Returns:** in `stats`, `result` (a finer [`eqximplicit.RESULTS`][]:
-    `saddle_point`, `flat_objective`, `unattainable_tolerance`, `nonfinite_start`),
+    `saddle_point`, `flat_objective`, `unattainable_tolerance`, `nonfinite_start`,
+    `nonfinite_jacobian` where only the gradient is not finite at `y0`),
     `min_curvature` (NaN if the solve ended before) and `num_polish_steps`.
 
     **Raises:**

@@ -20,12 +20,17 @@ def _translate(y: Any, step: Any) -> Any:
     return jtu.tree_map(jnp.add, y, step)
 
 
+# A force this many times the first one is no way to a minimum.
+RUNAWAY = 1e12
+
+
 class _FIREState(eqx.Module, Generic[Y]):
     """The dynamics at the current `y`; `force_norm` belongs to exactly that point."""
 
     velocity: Y
     force: Y
     force_norm: Float[Array, ""]
+    first_norm: Float[Array, ""]
     dt: Float[Array, ""]
     alpha: Float[Array, ""]
     num_downhill: Int[Array, ""]
@@ -45,7 +50,8 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
     three vectors of memory, never asks for the value of `fn`, and stops when
     `norm(gradient) <= atol` at the very point that it returns. A trial point where the
     gradient is not finite is rejected: the system stays, comes to rest, and the time
-    step is cut.
+    step is cut. A force of 1e12 times the first one, or of 1 if that was less, is
+    reported as divergence: shorten `dt_max`.
 
     A complex state moves along `-conj(gradient)`. The steps are differentiable in both
     modes (`optimistix.RecursiveCheckpointAdjoint`).
@@ -136,10 +142,12 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
         del options, f_struct, aux_struct, tags
         dtype = vs.real_dtype(y)
         force, _ = _force(fn, y, args)
+        norm = vs.norm_of(self.norm, force, dtype)
         return _FIREState(
             velocity=vs.zeros_like(y),
             force=force,
-            force_norm=vs.norm_of(self.norm, force, dtype),
+            force_norm=norm,
+            first_norm=norm,
             dt=jnp.asarray(self.dt_start, dtype),
             alpha=jnp.asarray(self.alpha_start, dtype),
             num_downhill=jnp.zeros((), jnp.int32),
@@ -172,6 +180,7 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
             velocity=vs.select(uphill, vs.zeros_like(y), steered),
             force=force,
             force_norm=jnp.where(accept, new_norm, state.force_norm),
+            first_norm=state.first_norm,
             dt=dt,
             alpha=alpha,
             num_downhill=num_downhill,
@@ -208,7 +217,7 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
         state: _FIREState[Y],
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        """Returns whether the force is small enough, or not finite at the start."""
+        """Returns whether the force is small enough, or beyond all bounds."""
         del fn, y, args, options, tags
         # Later forces are finite, since `step` rejects any other: only a bad start
         # gets here.
@@ -217,7 +226,10 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
             optx.RESULTS.successful,
             optx.RESULTS.nonfinite,
         )
-        return ~(state.force_norm > self.atol), result
+        runaway = _runs_away(state)
+        diverged = optx.RESULTS.nonlinear_divergence
+        result = optx.RESULTS.where(runaway, diverged, result)
+        return ~(state.force_norm > self.atol) | runaway, result
 
     def postprocess(
         self,
@@ -237,8 +249,16 @@ class FIRE(optx.AbstractMinimiser[Y, Aux, _FIREState[Y]]):
             as_results(result),
             RESULTS.nonfinite_start,
         )
+        diverged = verdict.divergence()
+        fine = RESULTS.where(_runs_away(state), diverged, fine)
         stats = {"result": fine, "force_norm": state.force_norm, "dt": state.dt}
         return y, aux, stats
+
+
+def _runs_away(state: _FIREState[Any]) -> Bool[Array, ""]:
+    """Whether the force has grown beyond all bounds, as where `dt` is too long."""
+    finite = jnp.isfinite(state.force_norm)
+    return finite & (state.force_norm > RUNAWAY * jnp.maximum(state.first_norm, 1))
 
 
 def _force(
