@@ -98,9 +98,10 @@ with warnings.catch_warnings():
             "minimum, rescale it, or lower `atol`."
         )
         nonfinite_jacobian = (
-            "The Jacobian is not finite (inf or NaN) where the residual is, so no "
-            "Newton step exists. Start from another `y0`, or write the function "
-            "without a root or a power whose slope is infinite there."
+            "The derivative of the function (its Jacobian or gradient) is not finite "
+            "(inf or NaN) where the function is, so there is no step. Start from "
+            "another `y0`, or write the function without a root or a power whose slope "
+            "is infinite there."
         )
 
 
