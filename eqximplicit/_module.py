@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, cast, ClassVar
+from typing import Any, ClassVar, TYPE_CHECKING
 
 import equinox as eqx
 
@@ -47,8 +47,11 @@ class AbstractImplicitModule(eqx.Module):
         ```
     """
 
-    # Without an annotation: a field of a subclass keeps its place after the others.
-    adjoint = cast(AbstractAdjoint, ImplicitAdjoint())
+    if TYPE_CHECKING:
+        adjoint: ClassVar[AbstractAdjoint]
+    else:
+        # Without an annotation: a field of a subclass keeps its place after the others.
+        adjoint = ImplicitAdjoint()
     has_aux: ClassVar[bool] = False
 
     # The most general signature: a static checker then takes a subclass's own.
