@@ -1,6 +1,5 @@
 """Running a solver that keeps its own loop: a host solver, or a bare callable."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +30,9 @@ _NOT_TRACEABLE = (
     jax.errors.NonConcreteBooleanIndexError,
     jax.errors.UnexpectedTracerError,
 )
+
+# Of what a solver has returned.
+_RETURN = "Return numbers and arrays alone: of a SciPy `OptimizeResult`, its `x`."
 
 
 def _host_fn(
@@ -100,23 +102,12 @@ def _not_traceable(
     )
 
 
-def _check_numbers(out: Any) -> None:
-    for path, leaf in jtu.tree_leaves_with_path(out):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
-            raise ValueError(
-                f"The solver returned {describe(leaf)} as `{leaf_name('out', path)}`, "
-                "where a solution has numbers and arrays. Return these alone: of a "
-                "SciPy `OptimizeResult`, its `x`."
-            )
-
-
 def _check_solution(out: Any, y0: Any, has_aux: bool) -> None:
     """Refuses what is no state, or not shaped as the guess, if that is a state."""
     guess = as_state(y0) if jtu.tree_leaves(y0) else None
 
     def check(out: Any) -> None:
-        _check_numbers(out)
-        y = as_state(out)
+        y = as_state(out, "out", _RETURN)
         if guess is not None:
             check_same_shapes("The solver's solution", y, guess)
 
@@ -140,6 +131,6 @@ def call_solver(
         raise _not_traceable(solver, y0, args, error) from error
     y, aux = split_pair(out, "solver", "(y, aux)") if has_aux else (out, None)
     _check_solution(y, y0, has_aux)
-    y = as_state(y)
+    y = as_state(y, "out", _RETURN)
     unknown = {"num_steps": jnp.full((), -1)}
     return Outcome(y, aux, RESULTS.successful, all_finite(y), unknown)

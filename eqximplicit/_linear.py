@@ -24,7 +24,7 @@ from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._closed_form import inverse_power
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import inners, is_zero, norm, scale, square
+from .linear_solvers._residual import inner, is_zero, norm, scale, square
 from .linear_solvers.checked import checked
 
 # Options that are a guess of the solution, and of that of the transposed system.
@@ -116,18 +116,16 @@ class Doubt(eqx.Module):
         self, vector: PyTree[Array], x: PyTree[Array]
     ) -> Bool[Array, ""]:
         """Whether the step is too long, along the cotangent `vector`."""
-        yy, moved = inners((self.y, self.y), (x, self.residual))
-        return lax.gt(moved * moved, self._allowed(yy) * square(vector))
+        moved = inner(x, self.residual)
+        return lax.gt(moved * moved, self._allowed() * square(vector))
 
     def contradicts(self) -> Bool[Array, ""]:
         """Whether Newton's step is too long, by estimate."""
-        vectors = self.y, self.residual, self.change
-        yy, ff, changed = inners(*zip(vectors, vectors, strict=True))
-        return lax.gt(ff, self._allowed(yy) * changed)
+        return lax.gt(square(self.residual), self._allowed() * square(self.change))
 
-    def _allowed(self, yy: Float[Array, ""]) -> Float[Array, ""]:
+    def _allowed(self) -> Float[Array, ""]:
         """The square of the longest step."""
-        return self.distance**2 * (1 + yy)
+        return self.distance**2 * (1 + square(self.y))
 
 
 def _solved(

@@ -20,7 +20,8 @@ def refuse_negative(name: str, **values: Any) -> None:
 def refuse_below(name: str, least: int, **counts: Any) -> None:
     """Refuses what is no whole number, or less than `least`; `None` passes."""
     for field, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < least):
+        whole = isinstance(count, (int, np.integer))
+        if count is not None and (not whole or count < least):
             raise ValueError(
                 f"`{name}({field}={count!r})` must be a whole number of at least "
                 f"{least}."

@@ -42,14 +42,18 @@ def leaf_name(root: str, path: tuple[Any, ...]) -> str:
     return root + jtu.keystr(path)
 
 
-def _as_state_leaf(path: tuple[Any, ...], leaf: Any) -> Array:
+_MOVE = (
+    "Move it to `args`, to the function, or to a static field; of a network, take the "
+    "arrays with `eqx.partition(net, eqx.is_inexact_array)`."
+)
+
+
+def _as_state_leaf(name: str, leaf: Any, remedy: str) -> Array:
     number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
     if not number and not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         raise ValueError(
-            f"The state holds {describe(leaf)} at `{leaf_name('y0', path)}`; every "
-            "leaf of a state must be a number or an array. Move it to `args`, to the "
-            "function, or to a static field; of a network, take the arrays with "
-            "`eqx.partition(net, eqx.is_inexact_array)`."
+            f"The state holds {describe(leaf)} at `{name}`; every leaf of a state must "
+            f"be a number or an array. {remedy}"
         )
     array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.inexact):
@@ -57,23 +61,24 @@ def _as_state_leaf(path: tuple[Any, ...], leaf: Any) -> Array:
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(jnp.result_type(float))
     raise ValueError(
-        f"The state holds {describe(leaf)} at `{leaf_name('y0', path)}`; a solution "
-        "is made of real or complex numbers. Move it to `args` or to the function."
+        f"The state holds {describe(leaf)} at `{name}`; a solution is made of real or "
+        f"complex numbers. {remedy}"
     )
 
 
-def as_state(y0: PyTree[Any]) -> PyTree[Array]:
+def as_state(y0: PyTree[Any], root: str = "y0", remedy: str = _MOVE) -> PyTree[Array]:
     """`y0` with array leaves of inexact dtype: integers are promoted to floats.
 
-    **Raises:** `ValueError` naming the leaf, for a leaf that is no number, and for a
-    state without a single entry.
+    **Raises:** `ValueError` naming the leaf from its `root`, with a `remedy`, for a
+    leaf that is no number; and for a state without a single entry.
     """
     if not jtu.tree_leaves(y0):
         raise ValueError(
             f"The state `y0` is empty: got {y0!r}, which has no leaves. Pass the "
             "initial guess, a pytree with at least one number or array."
         )
-    state = jtu.tree_map_with_path(_as_state_leaf, y0)
+    entry = lambda path, x: _as_state_leaf(leaf_name(root, path), x, remedy)
+    state = jtu.tree_map_with_path(entry, y0)
     if all(leaf.size == 0 for leaf in jtu.tree_leaves(state)):
         (path, leaf), *_ = jtu.tree_leaves_with_path(state)
         raise ValueError(

@@ -173,7 +173,9 @@ def test_solver_that_returns_nothing_is_refused():
 
 def test_solver_that_returns_the_report_of_scipy_is_refused_with_a_remedy():
     report = scipy.optimize.OptimizeResult(x=np.zeros(2), success=True)
-    with pytest.raises(ValueError, match="returned an object of type OptimizeResult.*"):
+    with pytest.raises(
+        ValueError, match=r"an object of type OptimizeResult at `out`.* its `x`"
+    ):
         root(lambda y, _: y, jnp.zeros(2), lambda y0, args: report)
 
 

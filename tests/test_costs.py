@@ -24,11 +24,10 @@ DRAW = np.random.default_rng(0)
 W = DRAW.normal(size=(N, N)) / (2 * np.sqrt(N))
 X = DRAW.normal(size=N)
 TOL = 1e-8
-# 2.8 times the lines by hand: the rule adds what turns a failed solve into NaN, the
+# 2.6 times the lines by hand: the rule adds what turns a failed solve into NaN, the
 # function is linearised once for the solve and once for the parameters, and what an
-# optimistix solver claims is held against the residual (in sums that are taken
-# together, which are more lines in fewer kernels).
-LINES = 2.9
+# optimistix solver claims is held against the residual.
+LINES = 2.7
 
 
 def cell(z, theta):

@@ -41,19 +41,17 @@ def square(x: Scalars) -> Float[Array, ""]:
     return _sum(list(map(lax.mul, x, x)))
 
 
-def _cofactors(a: Rows) -> tuple[Rows, Array, Array]:
-    # The adjugate, the determinant, and the sum of the absolute values of its terms.
+def _cofactors(a: Rows) -> tuple[Rows, Scalars]:
+    # The adjugate, and the products of which the determinant is the sum.
     if len(a) == 1:
-        return [[lax.full_like(a[0][0], 1)]], a[0][0], lax.abs(a[0][0])
+        return [[lax.full_like(a[0][0], 1)]], a[0]
     if len(a) == 2:
         (p, q), (r, s) = a
-        ps, qr = lax.mul(p, s), lax.mul(q, r)
         adjugate = [[s, lax.neg(q)], [lax.neg(r), p]]
-        return adjugate, lax.sub(ps, qr), lax.add(lax.abs(ps), lax.abs(qr))
-    index = range(3)
-    adjugate = [[_minor(a, j, i) for j in index] for i in index]
-    products = [lax.mul(a[0][j], adjugate[j][0]) for j in index]
-    return adjugate, _sum(products), _sum(list(map(lax.abs, products)))
+    else:
+        adjugate = [[_minor(a, j, i) for j in range(3)] for i in range(3)]
+    first_column = [row[0] for row in adjugate]
+    return adjugate, list(map(lax.mul, a[0], first_column))
 
 
 def _minor(a: Rows, row: int, col: int) -> Array:
@@ -77,10 +75,10 @@ class Inverse(NamedTuple):
 
 
 def _by_cramer(a: Rows) -> Inverse:
-    adjugate, determinant, terms = _cofactors(a)
-    factor = lax.reciprocal(determinant)
-    rows = [_scaled(factor, row) for row in adjugate]
-    return Inverse(rows, lax.abs(determinant), terms)
+    adjugate, products = _cofactors(a)
+    determinant = _sum(products)
+    rows = [_scaled(lax.reciprocal(determinant), row) for row in adjugate]
+    return Inverse(rows, lax.abs(determinant), _sum(list(map(lax.abs, products))))
 
 
 def _by_elimination(a: Rows) -> Inverse:
@@ -96,7 +94,7 @@ def _by_elimination(a: Rows) -> Inverse:
             sizes[k], sizes[i] = _exchanged(larger, sizes[k], sizes[i])
         spared = lax.min(spared, lax.div(lax.abs(rows[k][k]), sizes[k][k]))
         rows[k] = _scaled(lax.reciprocal(rows[k][k]), rows[k])
-        for i in set(range(n)) - {k}:
+        for i in [i for i in range(n) if i != k]:
             taken = _scaled(rows[i][k], rows[k])
             rows[i] = list(map(lax.sub, rows[i], taken))
             sizes[i] = list(map(lax.add, sizes[i], map(lax.abs, taken[:n])))
@@ -169,6 +167,6 @@ def solve(rows: Rows, b: Scalars) -> Scalars:
     columns = transposed(rows)
     units = [_unit(column) for column in columns]
     columns = [_scaled(u, c) for u, c in zip(units, columns, strict=True)]
-    adjugate, determinant, _ = _cofactors(transposed(columns))
-    x = _scaled(lax.reciprocal(determinant), times(adjugate, b))
+    adjugate, products = _cofactors(transposed(columns))
+    x = _scaled(lax.reciprocal(_sum(products)), times(adjugate, b))
     return [x for u, a in zip(units, x, strict=True) for x in _scaled(u, [a])]

@@ -67,21 +67,6 @@ def square(x: PyTree[Array]) -> Float[Array, ""]:
     return inner(x, x)
 
 
-def inners(*pairs: tuple[PyTree[Array], PyTree[Array]]) -> list[Float[Array, ""]]:
-    """`inner` of several pairs of one structure: one pass where entries are few."""
-
-    def leaf(*factors: tuple[Array, Array]) -> list[Float[Array, ""]]:
-        if factors[0][0].ndim == 1 and is_few(factors[0][0], 0):
-            return list(total(jnp.stack([lax.mul(a, b) for a, b in factors]), axis=1))
-        return [_leaf_dot(a, b) for a, b in factors]
-
-    leaves = (zip(*map(jtu.tree_leaves, pair), strict=True) for pair in pairs)
-    terms = map(leaf, *leaves)
-    return [
-        functools.reduce(lax.add, summands) for summands in zip(*terms, strict=True)
-    ]
-
-
 def norm(x: PyTree[Array]) -> Float[Array, ""]:
     """The Euclidean norm of a vector."""
     return jnp.sqrt(dot(x, x))

@@ -33,7 +33,7 @@ def checked(solver: LinearSolver) -> LinearSolver:
     """`solver`, measured if it claims to have the solution of a regular system.
 
     One of this package measures its answers itself, and one that is for singular
-    systems need not have small residuals.
+    systems need not have small residuals. Elimination is probed, too.
     """
     ours = isinstance(solver, AbstractMeasuredSolver)
     if ours or not solver.assume_full_rank():

@@ -15,13 +15,12 @@ from .._ranges import refuse_negative
 from .._solution import as_results, Aux, RESULTS, Y
 from . import _vector_space as vs, _verdict as verdict
 
+# A force this many times the first one is no way to a minimum.
+RUNAWAY = 1e12
+
 
 def _translate(y: Any, step: Any) -> Any:
     return jtu.tree_map(jnp.add, y, step)
-
-
-# A force this many times the first one is no way to a minimum.
-RUNAWAY = 1e12
 
 
 class _FIREState(eqx.Module, Generic[Y]):
