@@ -24,7 +24,7 @@ from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers._closed_form import inverse_power
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import inner, is_zero, norm, scale, square
+from .linear_solvers._residual import even, inner, is_zero, norm, scale, square
 from .linear_solvers.checked import checked
 
 # Options that are a guess of the solution, and of that of the transposed system.
@@ -211,7 +211,7 @@ def _examined(
     if claim.distance is None:
         return rule, None
     distance = jnp.asarray(claim.distance, real_dtype(y))
-    return rule, Doubt(y, value, distance, mv(jtu.tree_map(_even, y)))
+    return rule, Doubt(y, value, distance, mv(even(y)))
 
 
 def _at_a_point(
@@ -232,15 +232,6 @@ def _at_a_point(
     size = norm(y)
     error = _UNSURE * norm(value) / jnp.where(size > 0, size, jnp.inf)
     return {"operator_error": error, **rule.options}
-
-
-def _even(x: Array) -> Array:
-    """Numbers between -1 and 1 without a pattern, in the shape of `x`."""
-    phase = jnp.ones(x.shape, jnp.float32)
-    for k in range(x.ndim):
-        index = jax.lax.broadcasted_iota(jnp.float32, x.shape, k)
-        phase = phase + 2 ** (0.5 / (k + 1)) * index
-    return jnp.cos(phase).astype(x.dtype)
 
 
 def differentiable_linear_solve(
@@ -279,11 +270,11 @@ def differentiable_linear_solve(
     # The factorisation carries no derivative: that of A enters through `apply`.
     frozen, y = stop_gradient((coefficients, at))
     value, mv = jax.linearize(lambda y: residual(frozen, y), y)
-    rule = dataclasses.replace(rule, solver=checked(rule.solver))
-    rule, doubt = _examined(rule, claim, y, value, mv)
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
     operator = lx.FunctionLinearOperator(mv, structure, rule.tags)
+    rule = dataclasses.replace(rule, solver=checked(rule.solver, operator))
+    rule, doubt = _examined(rule, claim, y, value, mv)
     state = factorised(rule, operator, value, y)
     f_leaves, factors = flatten((rule, state, doubt))
 

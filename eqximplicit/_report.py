@@ -88,8 +88,9 @@ def _solved(
     ct: PyTree[Array],
 ) -> _Adjoint:
     """The adjoint system, solved by the very steps of the rule."""
-    solver, tags = checked(adjoint.linear_solver), point.condition.tags
-    rule = LinearRule(solver, adjoint.options, tags, trusted=jnp.asarray(True))
+    solver = checked(adjoint.linear_solver, point.operator)
+    tags, trusted = point.condition.tags, jnp.asarray(True)
+    rule = LinearRule(solver, adjoint.options, tags, trusted)
     y, value = (to_real(v, _dtype(ct)) for v in (point.y, point.residual(point.y)))
     asked, found = transposed(rule, factorised(rule, point.operator, value, y), ct)
     x = where(found.asked, found.x, zeros_like(found.x))

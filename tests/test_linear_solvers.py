@@ -744,3 +744,36 @@ def test_lu_does_not_mind_the_scale_of_a_row(n, dtype, ratio):
     assert bool(result == lx.RESULTS.successful)
     exact = np.linalg.solve(scaled.astype(float), scaled @ x.astype(dtype))
     np.testing.assert_allclose(found, exact, rtol=1e3 * np.finfo(dtype).eps)
+
+
+def _growing(n):
+    """Wilkinson's matrix, on which partial pivoting loses `n` bits."""
+    matrix = np.eye(n) - np.tril(np.ones((n, n)), -1)
+    matrix[:, -1] = 1
+    return matrix
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+@pytest.mark.parametrize(("n", "accurate"), [(12, True), (80, False)])
+def test_lu_knows_when_its_factors_are_not_accurate(n, accurate, columns):
+    solver, matrix = DirectLU(), _growing(n)
+    x = np.random.default_rng(n).normal(size=(columns, n))
+    b = jnp.asarray(x @ matrix.T)
+    state = solver.init(lx.MatrixLinearOperator(jnp.asarray(matrix)), {})
+    solve = lambda b: solver.compute(state, b, {})[:2]
+    found, result = jax.vmap(solve)(b) if columns > 1 else solve(b[0])
+    assert np.all(np.asarray(result == lx.RESULTS.successful) == accurate)
+    assert np.allclose(found, x if columns > 1 else x[0], rtol=1e-6) == accurate
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0], ids=str)
+def test_one_bad_column_of_lu_harms_no_other(bad):
+    solver, matrix = DirectLU(), np.random.default_rng(0).normal(size=(5, 5))
+    b = np.eye(5)
+    b[2] = bad
+    state = solver.init(lx.MatrixLinearOperator(jnp.asarray(matrix)), {})
+    found, result, _ = jax.vmap(lambda b: solver.compute(state, b, {}))(b)
+    rest = [0, 1, 3, 4]
+    np.testing.assert_allclose(found[np.array(rest)], np.linalg.inv(matrix).T[rest])
+    good = np.asarray(result == lx.RESULTS.successful)
+    assert good.tolist() == [True, True, bad == 0, True, True]

@@ -106,9 +106,10 @@ def _answer(
 ) -> Measured:
     asked, finite = lax.ne(bb, lax.full_like(bb, 0)), lax.is_finite(bb)
     good = lax.bitwise_and(lax.bitwise_or(good, lax.bitwise_not(asked)), finite)
-    result = lx.RESULTS.where(finite, failure, lx.RESULTS.nonfinite_input)
+    result = failure
     if regular is not None:
         good = lax.bitwise_and(good, regular)
         result = lx.RESULTS.where(regular, result, lx.RESULTS.singular)
+    result = lx.RESULTS.where(finite, result, lx.RESULTS.nonfinite_input)
     result = lx.RESULTS.where(good, lx.RESULTS.successful, result)
     return Measured(x, asked, good, result, stats)

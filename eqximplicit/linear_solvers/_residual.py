@@ -97,6 +97,20 @@ def zeros_like(x: T) -> T:
     return jtu.tree_map(lambda leaf: lax.full_like(leaf, 0), x)
 
 
+def even(x: PyTree[Any]) -> PyTree[Array]:
+    """Numbers between -1 and 1 without a pattern, in the shapes and dtypes of `x`."""
+    leaves, treedef = jtu.tree_flatten(x)
+    return jtu.tree_unflatten(treedef, [_even(i, x) for i, x in enumerate(leaves, 1)])
+
+
+def _even(number: int, x: Any) -> Array:
+    phase = jnp.full(x.shape, number**2, jnp.float32)
+    for k in range(len(x.shape)):
+        index = lax.broadcasted_iota(jnp.float32, x.shape, k)
+        phase = phase + 2 ** (0.5 / (k + 1)) * index
+    return jnp.cos(phase).astype(x.dtype)
+
+
 def epsilon(x: PyTree[Any]) -> float:
     """Machine epsilon of the dtype of the leaves (arrays or structs)."""
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(x))

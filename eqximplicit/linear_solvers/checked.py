@@ -1,9 +1,9 @@
 """A lineax solver whose answer is measured instead of believed."""
 
+import sys
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -14,13 +14,13 @@ from .._solution import is_successful
 from .._state import greatest
 from ._dense import residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
-from ._residual import check_bytes, dot, epsilon, minus, norm, size, structure
+from ._residual import check_bytes, dot, epsilon, even, minus, norm, size, structure
+from .direct_lu import DirectLU
 
 # How much more than it was asked for an iterative solver may leave.
 _SLACK = 10.0
 # Elimination, which often ends finite for a singular matrix.
 _DIRECT = (
-    lx.LU,
     lx.QR,
     lx.Cholesky,
     lx.Triangular,
@@ -29,16 +29,26 @@ _DIRECT = (
 )
 
 
-def checked(solver: LinearSolver) -> LinearSolver:
+def checked(solver: LinearSolver, operator: lx.AbstractLinearOperator) -> LinearSolver:
     """`solver`, measured if it claims to have the solution of a regular system.
 
     One of this package measures its answers itself, and one that is for singular
-    systems need not have small residuals. Elimination is probed, too.
+    systems need not have small residuals. Elimination is probed, too; LU of a matrix is
+    that of [`eqximplicit.DirectLU`][], which knows more of it.
     """
+    if isinstance(_selected(solver, operator), lx.LU):
+        return DirectLU(max_bytes=sys.maxsize)
     ours = isinstance(solver, AbstractMeasuredSolver)
     if ours or not solver.assume_full_rank():
         return solver
     return Checked(solver, probe=isinstance(solver, _DIRECT))
+
+
+def _selected(
+    solver: LinearSolver, operator: lx.AbstractLinearOperator
+) -> LinearSolver:
+    automatic = isinstance(solver, lx.AutoLinearSolver)
+    return solver.select_solver(operator) if automatic else solver
 
 
 class CheckedState(eqx.Module):
@@ -61,7 +71,7 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     - `solver`: any lineax solver for square systems.
     - `rtol`: dimensionless; $\epsilon^{1/3}$ if `None` (6e-6 in float64, 5e-3 in
         float32), or ten times what `solver` is asked for if that is more.
-    - `probe`: also solves for one pseudo-random right-hand side when the state is made.
+    - `probe`: also solves for one right-hand side without a pattern, once for a state.
         Elimination of a singular matrix often ends finite, and its residual is small if
         the right-hand side is consistent; the answer to the probe is then about
         $1/\epsilon$ too large.
@@ -98,7 +108,7 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         options: dict[str, Any],
     ) -> Bool[Array, ""]:
         # ‖A‖ ‖A⁻¹ g‖ / ‖g‖ bounds the condition number of A from below.
-        probe = pseudo_random(struct)
+        probe = even(struct)
         x, _, _ = self.solver.compute(inner, probe, options)
         image = norm(operator.mv(probe))
         return norm(x) * image * singular_below(epsilon(struct)) < norm(probe) ** 2
@@ -148,14 +158,3 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     def assume_full_rank(self) -> bool:
         """What the inner solver assumes."""
         return self.solver.assume_full_rank()
-
-
-def pseudo_random(struct: PyTree[ShapeDtypeStruct]) -> PyTree[Array]:
-    """A fixed vector of standard normal numbers, the same in every call."""
-    leaves, treedef = jtu.tree_flatten(struct)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [
-        jax.random.normal(key, leaf.shape, leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jtu.tree_unflatten(treedef, drawn)

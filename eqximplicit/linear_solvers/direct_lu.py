@@ -1,17 +1,19 @@
 """LU of a materialised system that knows when the system is singular."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
-from .._state import every
 from ._dense import (
     check_fits,
     materialised,
@@ -21,29 +23,20 @@ from ._dense import (
     singular_below,
 )
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
-from ._residual import epsilon, norm, structure
+from ._permutation import permuted
+from ._residual import epsilon, even, norm, structure
 from ._small import LARGEST, small_solution, small_state, SmallState
-
-
-def _pivot_health(lu: Float[Array, "n n"]) -> Float[Array, ""]:
-    # u_ii = a_ii - sum_k l_ik u_ki: the smallest part that cancellation has left of it.
-    # Unlike a ratio of pivots, it does not change when rows or columns are scaled.
-    lower = jnp.tril(jnp.abs(lu), -1)
-    pivots = jnp.abs(jnp.diag(lu))
-    sizes = jnp.sum(lower * jnp.triu(jnp.abs(lu)).T, axis=1) + pivots
-    return jnp.min(jnp.where(sizes > 0, pivots / jnp.where(sizes > 0, sizes, 1), 0))
 
 
 def _substitute(
     lu: Float[Array, "n n"],
-    rows: Int[Array, " n"],
+    pivots: Int[Array, " n"],
     b: Float[Array, " n"],
     transposed: bool,
 ) -> Float[Array, " n"]:
-    # A⁻¹ b = U⁻¹ L⁻¹ (b[rows]), and A⁻ᵀ b puts L⁻ᵀ U⁻ᵀ b into those rows.
-    # (`lu_solve` derives `rows` from pivots in a loop, which takes long to compile.)
+    # A⁻¹ b = U⁻¹ L⁻¹ P b and A⁻ᵀ b = P⁻¹ L⁻ᵀ U⁻ᵀ b
     def triangle(lower: bool, b: Array) -> Array:
-        return jax.lax.linalg.triangular_solve(
+        return lax.linalg.triangular_solve(
             lu,
             b,
             left_side=True,
@@ -54,30 +47,65 @@ def _substitute(
 
     if transposed:
         x = triangle(True, triangle(False, b[:, None]))[:, 0]
-        return jnp.zeros_like(x).at[rows].set(x)
-    return triangle(False, triangle(True, b[rows][:, None]))[:, 0]
+        return permuted(x, pivots, inverse=True)
+    return triangle(False, triangle(True, permuted(b, pivots)[:, None]))[:, 0]
+
+
+def _has_pivots(lu: Float[Array, "n n"]) -> Bool[Array, " n"]:
+    # u_ii = a_ii - sum_k l_ik u_ki: the smallest part that cancellation has left of it.
+    # Unlike a ratio of pivots, it does not change when rows or columns are scaled.
+    i, k = (lax.broadcasted_iota(jnp.int32, lu.shape, axis) for axis in (0, 1))
+    sizes, limit = jnp.abs(lu), singular_below(epsilon(lu))
+    diagonal = jnp.where(i == k, (1 - limit) * sizes, 0)
+    return jnp.sum(jnp.where(k < i, -limit * sizes * sizes.T, diagonal), axis=1) > 0
 
 
 def _is_exact(
-    matrix: Float[Array, "n n"], lu: Float[Array, "n n"], rows: Int[Array, " n"]
-) -> Bool[Array, ""]:
-    # An error of the factors is in every solution, and so in that of one right-hand
-    # side without a pattern. For each of many, a product costs what elimination does.
-    b = jnp.cos(jnp.arange(1, matrix.shape[0] + 1, dtype=matrix.dtype))
-    x = _substitute(lu, rows, b, False)
+    matrix: Float[Array, "n n"], x: Float[Array, " n"], b: Float[Array, " n"]
+) -> Bool[Array, " n"]:
+    terms = matrix * x[None, :]
     # Row by row, so that the scale of a row has no say.
-    terms = matvec(jnp.abs(matrix), jnp.abs(x)) + jnp.abs(b)
-    r = jnp.abs(b - matvec(matrix, x))
-    return every(r <= residual_limit(epsilon(matrix)) * terms)
+    sizes = jnp.sum(jnp.abs(terms), axis=1) + jnp.abs(b)
+    return jnp.abs(b - jnp.sum(terms, axis=1)) <= residual_limit(epsilon(b)) * sizes
+
+
+@custom_vmap
+def _spokesman(
+    matrix: Float[Array, "n n"], x: Float[Array, " n"], b: Float[Array, " n"]
+) -> tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, " n"]]:
+    """A solution and its right-hand side that tell of all those of one matrix.
+
+    Many are spoken for by one combination of them without a pattern: an error of the
+    factors is in each. A product for each of them would cost what elimination does.
+    (Freivalds, Probabilistic machines can use less running time, IFIP 1977.)
+    """
+    return matrix, x, b
+
+
+@_spokesman.def_vmap
+def _spokesman_of_batch(
+    size: Any, batched: Sequence[bool], matrix: Any, x: Any, b: Any
+) -> tuple[tuple[Array, Array, Array], tuple[bool, bool, bool]]:
+    x, b = (
+        v if lanes else jnp.broadcast_to(v, (size, *v.shape))
+        for v, lanes in zip((x, b), batched[1:], strict=True)
+    )
+    if batched[0]:
+        return (matrix, x, b), (True, True, True)
+    largest, reach = (jnp.max(jnp.abs(v), axis=1, keepdims=True) for v in (b, x))
+    heard = jnp.isfinite(largest) & jnp.isfinite(reach) & (largest > 0)
+    weights = even(jax.eval_shape(lambda: largest)) / jnp.where(heard, largest, 1)
+    x, b = (jnp.sum(jnp.where(heard, weights * v, 0), axis=0) for v in (x, b))
+    return _spokesman(matrix, x, b), (False, False, False)
 
 
 class LUState(eqx.Module):
-    """A factorised matrix: `matrix[rows] = L U`."""
+    """A factorised matrix: `P matrix = L U`, and which rows of `U` are sound."""
 
     matrix: Float[Array, "n n"]
     factor: Float[Array, "n n"]
-    rows: Int[Array, " n"]
-    regular: Bool[Array, ""]
+    pivots: Int[Array, " n"]
+    sound: Bool[Array, " n"]
     transposed: bool = eqx.field(static=True)
 
 
@@ -87,9 +115,9 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
     The result is `lx.RESULTS.singular` where elimination has cancelled a pivot to less
     than $2\epsilon^{2/3}$ of its terms (the matrix is singular to working precision,
     even if the solve is finite), or where the measured residual exceeds
-    $\epsilon^{1/3}\lVert b\rVert_2$: for `n > 3` that of one right-hand side without a
-    pattern, which tells the accuracy of the factors and so of all others. For a
-    singular system use [`eqximplicit.LeastNorm`][].
+    $\epsilon^{1/3}\lVert b\rVert_2$; for `n > 3`, $\epsilon^{1/3}$ of the terms of its
+    row, $\sum_j |a_{ij} x_j| + |b_i|$. For a singular system use
+    [`eqximplicit.LeastNorm`][].
 
     **Arguments:**
 
@@ -103,14 +131,13 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
     ) -> LUState | SmallState:
         """Returns the factors of the matrix of `operator`, computed once."""
         del options
-        limit = singular_below(epsilon(structure(operator)))
         if operator.in_size() <= LARGEST:
             check_fits(operator, self.max_bytes, "DirectLU")
+            limit = singular_below(epsilon(structure(operator)))
             return small_state(operator, limit)
         matrix = materialised(operator, self.max_bytes, "DirectLU")
-        lu, _, rows = jax.lax.linalg.lu(matrix)
-        regular = (_pivot_health(lu) > limit) & _is_exact(matrix, lu, rows)
-        return LUState(matrix, lu, rows, regular, False)
+        lu, pivots, _ = lax.linalg.lu(matrix)
+        return LUState(matrix, lu, pivots, _has_pivots(lu), False)
 
     def answer(
         self,
@@ -126,9 +153,12 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
             return measured(x, rr, bb, rtol=limit, regular=state.regular)
         b, unravel = ravel_pytree(vector)
         matrix = state.matrix.T if state.transposed else state.matrix
-        x = _substitute(state.factor, state.rows, b, state.transposed)
+        x = _substitute(state.factor, state.pivots, b, state.transposed)
         left = norm(b - matvec(matrix, x))
-        return approximate(unravel(x), vector, left, regular=state.regular)
+        # An answer that is not finite is none.
+        holds = state.sound & _is_exact(*_spokesman(matrix, x, b))
+        x = jnp.where(holds, x, jnp.nan)
+        return approximate(unravel(x), vector, left)
 
     def transpose(
         self, state: LUState | SmallState, options: dict[str, Any]
