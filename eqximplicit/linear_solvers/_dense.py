@@ -7,13 +7,15 @@ from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from ._residual import check_bytes, norm
-from ._small import as_matrix, LARGEST
+from ._small import as_matrix
 
 # A solution keeps about a third of its digits when the condition number is eps^(-2/3).
 # Beyond that a system counts as singular, in every test below. Measured on random
 # matrices of 4..200 rows: what elimination leaves of the last pivot of a singular one
 # is at most 1000 eps in float64 and 250 eps in float32 (2 eps^(2/3): 3e5 and 400 eps).
 MAX_BYTES = 2**30
+# Up to so many entries XLA adds up in one kernel, which compiles faster than a product.
+_FEW = 32
 # A residual of this many epsilon times the norm of the matrix is rounding of a product
 # of that matrix with a vector of norm one.
 NOISE = 16.0
@@ -70,6 +72,6 @@ def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) ->
 
 
 def matvec(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
-    if matrix.shape[0] <= LARGEST:  # elementwise, so that a batch of them is one loop
+    if matrix.shape[0] <= _FEW:  # elementwise, so that a batch of them is one loop
         return jnp.sum(matrix * x[None, :], axis=1)
     return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from .._custom_types import PyTree
 from .._solution import as_results, Aux, RESULTS, Y
 from .._state import all_finite, peak
+from ..linear_solvers._dense import matvec
 from . import _root_phases as ph, _vector_space as vs
 from ._root_solve import newton_or_damped_step
 from ._root_vector import norm_of, real_vector, RealVector
@@ -58,7 +59,7 @@ def init_dense(y: PyTree[Array], aux: Aux) -> DenseState[Aux]:
 
 def _measured_trial(base: Base, best: Array, x: Array, residual: Array) -> ph.Trial:
     step = x - base.x
-    linear = base.residual + step @ base.transposed
+    linear = base.residual + matvec(base.transposed.T, step)
     terms = jnp.sum(jnp.abs((x - best)[:, None] * base.transposed), axis=0)
     lengths = vs.lengths([residual, step, base.x, linear, terms], x.dtype)
     norm, step_length, base_length, linear_norm, terms_length = lengths
@@ -198,7 +199,7 @@ def step_dense(
     y, best_aux = _where(better, (trial_y, aux), (y, state.aux))
 
     # What the base shows, the reaction of the phases, and the next trial.
-    gradient = base.transposed @ base.residual
+    gradient = matvec(base.transposed, base.residual)
     seen = _measured_base(*stop_gradient((base, gradient)), atol)
     vector = ph.after(state.control, trial, seen.control, decision, x.size)
     control = ph.read(vector)
