@@ -42,9 +42,11 @@ def _judged(control: Control, seen: Numbers) -> Control:
     informative = seen.finite & ~probe & ~start & (change > 0)
     mixing = where(informative, jnp.clip(mixing, MIN_MIXING, 1), control.mixing)
 
-    # A mixed step predicts what it takes of the residual; the rest is curvature.
+    # A mixed step predicts what it takes of the residual. What it misses is curvature,
+    # but for what may come of the rest, of which the pairs say nothing yet.
     reach = control.step_size * control.reach
-    curvature = seen.missed / where(reach > 0, reach, 1)
+    missed = jnp.maximum(seen.missed - control.step_size * control.rest, 0)
+    curvature = missed / where(reach > 0, reach, 1)
     curvature = jnp.maximum(control.curvature / 2, curvature)
     predicted = accepted & (kind == int(Kind.MIXED)) & (reach > 0)
     curvature = where(predicted, curvature, control.curvature)
@@ -211,6 +213,7 @@ def with_proposal(
         Control,
         vector,
         reach=proposal.reach,
+        rest=proposal.rest,
         best_error=error,
         probing=(control.probing > 0) & new,
         newton=(control.newton > 0) | (probed & ~new),

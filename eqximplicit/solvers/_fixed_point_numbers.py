@@ -39,6 +39,7 @@ class Control(eqx.Module):
     kind: Array
     step_size: Array
     reach: Array
+    rest: Array
     # The steps: `curvature` is the relative model error per distance.
     mixing: Array
     size: Array
@@ -123,8 +124,11 @@ class Proposal(eqx.Module):
     - `new`: whether a probe leads in a new direction.
     - `error`: the full step of the model, in units of the tolerance.
     - `reach`: how far away the pairs are that it rests on.
+    - `rest`: the length of what the pairs leave of the residual, if there may be enough
+        of them to leave nothing; else zero.
     """
 
     new: Array
     error: Array
     reach: Array
+    rest: Array

@@ -178,7 +178,8 @@ def proposed(
     y = vs.add_scaled(y, size + length, step)
 
     (error,) = tolerance.measures([full], anchor)
-    proposal = Proposal(new, error, jax.lax.stop_gradient(reach))
+    rest = left if history.spans else jnp.zeros_like(left)
+    proposal = Proposal(new, error, jax.lax.stop_gradient(reach), rest)
     state = State(
         state.points,
         state.best_aux,

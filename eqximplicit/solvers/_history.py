@@ -7,7 +7,7 @@ Complex leaves are vectors over the reals: $\operatorname{Re} a^* b$.
 """
 
 import functools as ft
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -101,6 +101,14 @@ class History(eqx.Module, Generic[Y]):
         return self.distance.size - 1
 
     @property
+    def spans(self) -> bool:
+        """Whether there may be a pair per degree of freedom."""
+        one = jtu.tree_map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.dy
+        )
+        return self.window >= _dimension(one)
+
+    @property
     def slots(self) -> Float[Array, " slots"]:
         """The numbers of the slots."""
         return jnp.asarray(np.arange(self.window + 1), self.used.dtype)
@@ -116,6 +124,11 @@ class History(eqx.Module, Generic[Y]):
         return jnp.sqrt(jnp.where(self.filled, self.squares, 1))
 
 
+def _dimension(y: Any) -> int:
+    """Degrees of freedom; one where there is none."""
+    return max(1, (2 if vs.has_complex(y) else 1) * vs.size(y))
+
+
 class Pair(eqx.Module, Generic[Y]):
     """A secant pair, and its lengths in `dr` and `dy`."""
 
@@ -127,8 +140,7 @@ class Pair(eqx.Module, Generic[Y]):
 
 def empty(y: Y, window: int) -> History[Y]:
     """Returns a history without pairs. A pair per degree of freedom is enough."""
-    parts = 2 if vs.has_complex(y) else 1
-    slots = min(window, max(1, parts * vs.size(y))) + 1
+    slots = min(window, _dimension(y)) + 1
     none = jnp.zeros(slots, vs.real_dtype(y))
     return History(
         dy=stack_of(y, slots),
