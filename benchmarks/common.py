@@ -31,6 +31,8 @@ Solve = Callable[[Any], Any]
 OURS, MATCHED, BY_HAND = "eqximplicit", "eqximplicit, matched", "by hand"
 # As `by hand`, but for the linear system, which is left to the solver of `MATCHED`.
 SAME = "rule by hand"
+# Both again, with elimination by lineax.
+MATCHED_LU, SAME_LU = "eqximplicit, lx.LU", "rule by hand, lx.LU"
 
 
 class Workload(NamedTuple):

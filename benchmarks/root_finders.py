@@ -88,22 +88,17 @@ def jaxopt_run(system):
     return np.asarray(sol.params), claimed, int(sol.state.iter_num) * (1 + y0.size)
 
 
-def compile_time(solver):
-    """CPU seconds to trace and compile at n = 10, the median of three."""
+def compile_times(solvers, rounds=5):
+    """CPU seconds to trace and compile at n = 10: medians, everyone in turns."""
     system = next(s for s in STANDARD_SYSTEMS if s.name == "Broyden tridiagonal")
-    seconds = []
-    for _ in range(3):
-        jax.clear_caches()
-        start = time.process_time()
-        jax.jit(
-            lambda y: (
-                optx.root_find(
-                    system.fn, solver, y, max_steps=MAX_STEPS, throw=False
-                ).value
-            )
-        ).lower(jnp.asarray(system.start)).compile()
-        seconds.append(time.process_time() - start)
-    return f"{sorted(seconds)[1]:.2f}"
+    y0, seconds = jnp.asarray(system.start), {name: [] for name in solvers}
+    for _ in range(rounds):
+        for name, solver in solvers.items():
+            jax.clear_caches()
+            start = time.process_time()
+            solve.lower(solver, system.fn, y0).compile()
+            seconds[name].append(time.process_time() - start)
+    return {name: f"{np.median(taken):.2f}" for name, taken in seconds.items()}
 
 
 def row(name, run, compile_seconds):
@@ -133,12 +128,10 @@ def row(name, run, compile_seconds):
 def main():
     print("| solver | standard | MINPACK | wrong | loose | evaluations | compile (s) |")
     print("|---|---|---|---|---|---|---|")
+    seconds = compile_times(OPTIMISTIX)
     for name, solver in OPTIMISTIX.items():
-        row(
-            name,
-            lambda s, solver=solver: optimistix_run(solver, s),
-            compile_time(solver),
-        )
+        run = lambda s, solver=solver: optimistix_run(solver, s)
+        row(name, run, seconds[name])
     row("jaxopt.LevenbergMarquardt", jaxopt_run, "")
     for method in ("hybr", "lm"):
         row(f"scipy {method}", lambda s, m=method: scipy_run(m, s), "")

@@ -25,10 +25,12 @@ from common import (
     layer_call,
     lineax_adjoint,
     MATCHED,
+    MATCHED_LU,
     OURS,
     picard,
     picard_adjoint,
     SAME,
+    SAME_LU,
     Solve,
     sum_of_squares,
     unrolled,
@@ -103,6 +105,11 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
     }
     if small:
         solves["by hand, LU"] = by_hand(dense_adjoint)
+    if z0.ndim == 1 and z0.size <= 100:
+        elimination = eqi.ImplicitAdjoint(lx.LU())
+        layer = eqi.ImplicitFunction(condition, plain, elimination, throw=False)
+        solves[MATCHED_LU] = layer_call(layer, z0)
+        solves[SAME_LU] = by_hand(lineax_adjoint(lx.LU()))
     if z0.ndim == 1:
         solves["optimistix"] = tanh_optimistix(
             tol, z0, lx.AutoLinearSolver(well_posed=None)
@@ -261,14 +268,19 @@ def pair() -> Workload:
         solver = jaxopt.FixedPointIteration(pair_map, maxiter=512, tol=tol)
         return solver.run(x0, theta).params
 
-    solver = eqi.AutoFixedPoint(rtol=tol, atol=tol)
+    def layer(solver: Any, linear_solver: Any = eqi.AutoLinearSolver()) -> Solve:
+        adjoint = eqi.ImplicitAdjoint(linear_solver)
+        solved = eqi.ImplicitFunction(condition, solver, adjoint, throw=False)
+        return layer_call(solved, x0)
+
+    by_hand = functools.partial(fixed_point_by_hand, pair_map, x0, tol)
     solves = {
-        OURS: layer_call(eqi.ImplicitFunction(condition, solver, throw=False), x0),
-        MATCHED: layer_call(eqi.ImplicitFunction(condition, plain, throw=False), x0),
-        BY_HAND: fixed_point_by_hand(pair_map, x0, tol, pair_adjoint),
-        SAME: fixed_point_by_hand(
-            pair_map, x0, tol, lineax_adjoint(eqi.AutoLinearSolver())
-        ),
+        OURS: layer(eqi.AutoFixedPoint(rtol=tol, atol=tol)),
+        MATCHED: layer(plain),
+        BY_HAND: by_hand(pair_adjoint),
+        SAME: by_hand(lineax_adjoint(eqi.AutoLinearSolver())),
+        MATCHED_LU: layer(plain, lx.LU()),
+        SAME_LU: by_hand(lineax_adjoint(lx.LU())),
         "optimistix": optimistix,
         "jaxopt": with_jaxopt,
         "unrolled": unrolled(pair_map, x0, 60),

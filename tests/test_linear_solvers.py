@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+import eqximplicit as eqi
 from eqximplicit.linear_solvers import (
+    _permutation,
     AutoLinearSolver,
     Checked,
     DirectLU,
@@ -777,3 +779,32 @@ def test_one_bad_column_of_lu_harms_no_other(bad):
     np.testing.assert_allclose(found[np.array(rest)], np.linalg.inv(matrix).T[rest])
     good = np.asarray(result == lx.RESULTS.successful)
     assert good.tolist() == [True, True, bad == 0, True, True]
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_lu_calls_a_matrix_singular_whatever_is_asked(n):
+    solver, matrix = DirectLU(), jnp.ones((n, n))
+    state = solver.init(lx.MatrixLinearOperator(matrix), {})
+    for b in (jnp.zeros(n), jnp.ones(n), jnp.arange(1.0, n + 1)):
+        _, result, _ = solver.compute(state, b, {})
+        assert bool(result == lx.RESULTS.singular)
+    _, result, _ = solver.compute(state, jnp.full(n, jnp.nan), {})
+    assert bool(result == lx.RESULTS.nonfinite_input)
+
+
+def test_lineax_lu_in_a_rule_knows_a_double_root():
+    # Each entry is found as a double root: nothing follows from ∂F/∂y = ∂F/∂a = 0.
+    a = jnp.arange(1.0, 6.0)
+    root = eqi.Root(lambda y, a: (y - a) ** 2)
+    for solver in (lx.LU(), lx.AutoLinearSolver(well_posed=None)):
+        y = lambda a, s=solver: eqi.implicit_solution(root, a, a, linear_solver=s)
+        assert bool(jnp.all(jnp.isnan(jax.jvp(y, (a,), (jnp.ones(5),))[1])))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_exchanges_are_followed_as_they_are_carried_out(inverse):
+    matrix = np.random.default_rng(3).normal(size=(7, 7))
+    _, pivots, rows = jax.lax.linalg.lu(jnp.asarray(matrix))
+    wanted = np.argsort(rows) if inverse else np.asarray(rows)
+    for find in (_permutation.by_following, _permutation.by_exchanging):
+        assert find(pivots, inverse=inverse).tolist() == wanted.tolist()

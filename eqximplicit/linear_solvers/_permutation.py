@@ -26,13 +26,13 @@ def permuted(
     """`b[rows]`, or the vector of which that is `b`."""
     indices = lax.platform_dependent(
         pivots,
-        cpu=functools.partial(_followed, inverse=inverse),
-        default=functools.partial(_exchanged, inverse=inverse),
+        cpu=functools.partial(by_following, inverse=inverse),
+        default=functools.partial(by_exchanging, inverse=inverse),
     )
     return b.at[indices].get(**_PERMUTATION)
 
 
-def _followed(pivots: Int[Array, " n"], *, inverse: bool) -> Int[Array, " n"]:
+def by_following(pivots: Int[Array, " n"], *, inverse: bool) -> Int[Array, " n"]:
     n = pivots.size
     start = jnp.arange(n, dtype=pivots.dtype)
 
@@ -44,6 +44,6 @@ def _followed(pivots: Int[Array, " n"], *, inverse: bool) -> Int[Array, " n"]:
     return lax.fori_loop(jnp.zeros_like(start[0]), n, follow, start)
 
 
-def _exchanged(pivots: Int[Array, " n"], *, inverse: bool) -> Int[Array, " n"]:
+def by_exchanging(pivots: Int[Array, " n"], *, inverse: bool) -> Int[Array, " n"]:
     rows = lax.linalg.lu_pivots_to_permutation(pivots, pivots.size)
     return jnp.argsort(rows).astype(rows.dtype) if inverse else rows

@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
+from .._state import max_abs
 from ._dense import (
     check_fits,
     materialised,
@@ -155,10 +156,11 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
         matrix = state.matrix.T if state.transposed else state.matrix
         x = _substitute(state.factor, state.pivots, b, state.transposed)
         left = norm(b - matvec(matrix, x))
-        # An answer that is not finite is none.
+        # What does not hold is not finite, and that is looked for anyway.
         holds = state.sound & _is_exact(*_spokesman(matrix, x, b))
-        x = jnp.where(holds, x, jnp.nan)
-        return approximate(unravel(x), vector, left)
+        answer = unravel(jnp.where(holds, x, jnp.nan))
+        regular = jnp.isfinite(max_abs(answer))
+        return approximate(answer, vector, left, regular=regular)
 
     def transpose(
         self, state: LUState | SmallState, options: dict[str, Any]
