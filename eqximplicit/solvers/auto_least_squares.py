@@ -32,7 +32,8 @@ class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedStat
 
     - `rtol`: relative change of `y` that is insignificant. Dimensionless.
     - `atol`: the norm of the gradient `J^T r` that is asked for. Dimensionless. For
-        both, `None` stands for 1e-8 in float64 and for 1e-5 in float32.
+        both, `None` stands for 1e-8 in float64 and for 1e-5 in float32;
+        `optx.root_find` and `optx.fixed_point`, which compare with them, want numbers.
     - `norm`: the norm of the gradient; the default is the largest absolute entry.
     - `dense_size`: up to this many unknowns the Jacobian is formed.
     - `search_steps`: the largest number of Levenberg-Marquardt steps.

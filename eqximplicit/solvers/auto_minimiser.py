@@ -48,7 +48,8 @@ class AutoMinimiser(optx.AbstractMinimiser[Y, Aux, VerifiedState]):
 
     - `rtol`: relative change of `y` that is insignificant. Dimensionless.
     - `atol`: the norm of the gradient that is asked for. Dimensionless. For both,
-        `None` stands for 1e-8 in float64 and for 1e-5 in float32.
+        `None` stands for 1e-8 in float64 and for 1e-5 in float32; `optx.root_find` and
+        `optx.fixed_point`, which compare with them, want numbers.
     - `norm`: the norm of the gradient; the default is the largest absolute entry.
     - `dense_size`: up to this many unknowns an n x n inverse Hessian is kept.
     - `search_steps`: the largest number of quasi-Newton steps before Newton-CG.
