@@ -76,9 +76,10 @@ def _spokesman(
 ) -> tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, " n"]]:
     """A solution and its right-hand side that tell of all those of one matrix.
 
-    Many are spoken for by one combination of them without a pattern: an error of the
-    factors is in each. A product for each of them would cost what elimination does.
-    (Freivalds, Probabilistic machines can use less running time, IFIP 1977.)
+    Many are spoken for by one combination of them without a pattern, of those that are
+    finite: an error of the factors is in each. A product for each of them would cost
+    what elimination does. (Freivalds, Probabilistic machines can use less running time,
+    IFIP 1977.)
     """
     return matrix, x, b
 
@@ -93,11 +94,14 @@ def _spokesman_of_batch(
     )
     if batched[0]:
         return (matrix, x, b), (True, True, True)
-    largest, reach = (jnp.max(jnp.abs(v), axis=1, keepdims=True) for v in (b, x))
-    heard = jnp.isfinite(largest) & jnp.isfinite(reach) & (largest > 0)
-    weights = even(jax.eval_shape(lambda: largest)) / jnp.where(heard, largest, 1)
-    x, b = (jnp.sum(jnp.where(heard, weights * v, 0), axis=0) for v in (x, b))
+    heard = jnp.isfinite(jnp.sum(x + b, axis=1, keepdims=True))
+    weights = even(jax.eval_shape(lambda: b[:, 0]))
+    x, b = (_combined(weights, jnp.where(heard, v, 0)) for v in (x, b))
     return _spokesman(matrix, x, b), (False, False, False)
+
+
+def _combined(weights: Array, vectors: Array) -> Array:
+    return jnp.matmul(weights, vectors, precision=lax.Precision.HIGHEST)
 
 
 class LUState(eqx.Module):
