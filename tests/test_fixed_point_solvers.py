@@ -189,6 +189,20 @@ def test_host_function_is_solved_and_counted():
     assert calls - 1 <= int(stats["num_steps"]) <= calls
 
 
+@pytest.mark.parametrize(("rate", "extra"), [(0.5, 2), (0.99, 2), (1.5, 10)])
+@pytest.mark.parametrize("n", [2, 5, 10])
+def test_a_turning_linear_map_is_solved_once_the_pairs_span_its_space(n, rate, extra):
+    rng = np.random.default_rng(n)
+    turn, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    b = rng.normal(size=n)
+    fn = lambda y, matrix: matrix @ y + b
+    solver = AutoFixedPoint(rtol=0.0, atol=1e-8)
+    sol = optx.fixed_point(fn, solver, jnp.zeros(n), jnp.asarray(rate * turn))
+    assert int(sol.stats["num_steps"]) <= n + extra
+    exact = np.linalg.solve(np.eye(n) - rate * turn, b)
+    np.testing.assert_allclose(sol.value, exact, atol=1e-8)
+
+
 def test_rescue_solves_what_anderson_does_not():
     angle = np.linspace(0.3, 2.8, 7)
     blocks = [[[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]] for a in angle]
