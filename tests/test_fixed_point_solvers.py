@@ -189,6 +189,19 @@ def test_host_function_is_solved_and_counted():
     assert calls - 1 <= int(stats["num_steps"]) <= calls
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [lambda y, _: y**2 - 1, lambda y, _: jnp.exp(y) - 2.5, lambda y, _: 5 * jnp.cos(y)],
+    ids=["square", "exp", "cosine"],
+)
+def test_one_number_is_found_as_by_secants_whatever_the_slope(fn):
+    solver = AutoFixedPoint(rtol=0.0, atol=1e-8)
+    solve = lambda y0: optx.fixed_point(fn, solver, y0, throw=False)
+    sol = jax.jit(jax.vmap(solve))(jnp.linspace(0.3, 2.2, 14))
+    assert jnp.all(jnp.abs(fn(sol.value, None) - sol.value) < 1e-8)
+    assert jnp.all(sol.stats["num_steps"] <= 15)
+
+
 @pytest.mark.parametrize(("rate", "extra"), [(0.5, 2), (0.99, 2), (1.5, 10)])
 @pytest.mark.parametrize("n", [2, 5, 10])
 def test_a_turning_linear_map_is_solved_once_the_pairs_span_its_space(n, rate, extra):

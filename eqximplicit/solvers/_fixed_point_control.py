@@ -39,8 +39,9 @@ def _judged(control: Control, seen: Numbers) -> Control:
 
     change = seen.change
     mixing = seen.distance / where(change > 0, change, 1)
+    mixing = seen.sense * jnp.clip(mixing, MIN_MIXING, 1)
     informative = seen.finite & ~probe & ~start & (change > 0)
-    mixing = where(informative, jnp.clip(mixing, MIN_MIXING, 1), control.mixing)
+    mixing = where(informative, mixing, control.mixing)
 
     # A mixed step predicts what it takes of the residual. What it misses is curvature,
     # but for what may come of the rest, of which the pairs say nothing yet.

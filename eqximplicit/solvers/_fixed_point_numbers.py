@@ -92,7 +92,8 @@ class Numbers(eqx.Module):
 
     `change` and `distance` are the lengths of the pair that it makes with the anchor;
     `scaled...` are in units of the tolerance; `floor` is the residual in roundings;
-    `missed` is what the model missed.
+    `missed` is what the model missed; `sense` is -1 where the state is one number and a
+    plain step leads it away from its fixed point, else 1.
     """
 
     finite: Array
@@ -104,6 +105,7 @@ class Numbers(eqx.Module):
     scaled_distance: Array
     floor: Array
     missed: Array
+    sense: Array
 
 
 def at_start(dtype: jnp.dtype) -> Float[Array, " n"]:

@@ -88,9 +88,20 @@ def seen_at(
     residual, dr, dy = (vs.select(finite, x, zero) for x in (residual, dr, dy))
     scaled, change, moved = tolerance.measures([residual, dr, dy], y)
     pair = hist.Pair(dy, dr, jnp.where(finite, far, 0), jnp.where(finite, distance, 0))
-    floor = verdict.in_roundings(residual, y)
+    sense = jnp.ones_like(merit)
+    if hist.dimension(y) == 1:
+        sense = jnp.where(vs.dot(dy, dr, dtype) > 0, -sense, sense)
     numbers = Numbers(
-        finite, merit, pair.change, pair.distance, scaled, change, moved, floor, merit
+        finite=finite,
+        merit=merit,
+        change=pair.change,
+        distance=pair.distance,
+        scaled=scaled,
+        scaled_change=change,
+        scaled_distance=moved,
+        floor=verdict.in_roundings(residual, y),
+        missed=merit,
+        sense=sense,
     )
     return _Seen(residual, pair, numbers)
 

@@ -106,7 +106,7 @@ class History(eqx.Module, Generic[Y]):
         one = jtu.tree_map(
             lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.dy
         )
-        return self.window >= _dimension(one)
+        return self.window >= dimension(one)
 
     @property
     def slots(self) -> Float[Array, " slots"]:
@@ -124,7 +124,7 @@ class History(eqx.Module, Generic[Y]):
         return jnp.sqrt(jnp.where(self.filled, self.squares, 1))
 
 
-def _dimension(y: Any) -> int:
+def dimension(y: Any) -> int:
     """Degrees of freedom; one where there is none."""
     return max(1, (2 if vs.has_complex(y) else 1) * vs.size(y))
 
@@ -140,7 +140,7 @@ class Pair(eqx.Module, Generic[Y]):
 
 def empty(y: Y, window: int) -> History[Y]:
     """Returns a history without pairs. A pair per degree of freedom is enough."""
-    slots = min(window, _dimension(y)) + 1
+    slots = min(window, dimension(y)) + 1
     none = jnp.zeros(slots, vs.real_dtype(y))
     return History(
         dy=stack_of(y, slots),
