@@ -35,7 +35,8 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, Stat
     1. *Anderson acceleration* over the last `window` secant pairs. Each pair is
        believed as far as the last prediction of the residual was right at the distance
        of that pair, so old pairs of a curved map fade instead of misleading. The mixing
-       is the inverse slope of the last pair, $|\Delta y| / |\Delta r|$, at most 1.
+       is the inverse slope of the last pair, $|\Delta y| / |\Delta r|$, at most 1, and
+       of a single number with its sign: a secant step.
     2. A trial point that is not finite, or whose residual is ten times the best, is
        *rejected*: first the mixed step alone is tried, then shorter Anderson steps.
     3. Eight steps without progress bring a *rescue*: first some plain iteration from
