@@ -26,6 +26,7 @@ from eqximplicit.linear_solvers import (
     Nystrom,
     Tikhonov,
 )
+from eqximplicit.linear_solvers.checked import checked
 
 ITERATIVE = {np.float64: 1e-8, np.float32: 2e-4}  # times the relative tolerance
 DTYPES = (np.float64, np.float32)
@@ -790,6 +791,17 @@ def test_lu_calls_a_matrix_singular_whatever_is_asked(n):
         assert bool(result == lx.RESULTS.singular)
     _, result, _ = solver.compute(state, jnp.full(n, jnp.nan), {})
     assert bool(result == lx.RESULTS.nonfinite_input)
+
+
+def test_lineax_lu_is_done_by_ours_and_only_that():
+    full, diagonal = _operator(np.ones((5, 5))), _operator(np.eye(5), lx.diagonal_tag)
+    automatic = lx.AutoLinearSolver(well_posed=None)
+    assert isinstance(checked(lx.LU(), full), DirectLU)
+    assert isinstance(checked(automatic, full), DirectLU)
+    for solver, operator in ((lx.QR(), full), (automatic, diagonal)):
+        kept = checked(solver, operator)
+        assert isinstance(kept, Checked)
+        assert kept.solver is solver
 
 
 def test_lineax_lu_in_a_rule_knows_a_double_root():

@@ -73,7 +73,7 @@ def _is_exact(
 @custom_vmap
 def _spokesman(
     matrix: Float[Array, "n n"], x: Float[Array, " n"], b: Float[Array, " n"]
-) -> tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, " n"]]:
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """A solution and its right-hand side that tell of all those of one matrix.
 
     Many are spoken for by one combination of them without a pattern, of those that are
@@ -81,23 +81,24 @@ def _spokesman(
     what elimination does. (Freivalds, Probabilistic machines can use less running time,
     IFIP 1977.)
     """
-    return matrix, x, b
+    del matrix  # it tells the rule for a batch whether it is one for all
+    return x, b
 
 
 @_spokesman.def_vmap
 def _spokesman_of_batch(
     size: Any, batched: Sequence[bool], matrix: Any, x: Any, b: Any
-) -> tuple[tuple[Array, Array, Array], tuple[bool, bool, bool]]:
+) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
     x, b = (
         v if lanes else jnp.broadcast_to(v, (size, *v.shape))
         for v, lanes in zip((x, b), batched[1:], strict=True)
     )
     if batched[0]:
-        return (matrix, x, b), (True, True, True)
+        return (x, b), (True, True)
     heard = jnp.isfinite(jnp.sum(x + b, axis=1, keepdims=True))
     weights = even(jax.eval_shape(lambda: b[:, 0]))
     x, b = (_combined(weights, jnp.where(heard, v, 0)) for v in (x, b))
-    return _spokesman(matrix, x, b), (False, False, False)
+    return _spokesman(matrix, x, b), (False, False)
 
 
 def _combined(weights: Array, vectors: Array) -> Array:
@@ -161,7 +162,7 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
         x = _substitute(state.factor, state.pivots, b, state.transposed)
         left = norm(b - matvec(matrix, x))
         # What does not hold is not finite, and that is looked for anyway.
-        holds = state.sound & _is_exact(*_spokesman(matrix, x, b))
+        holds = state.sound & _is_exact(matrix, *_spokesman(matrix, x, b))
         answer = unravel(jnp.where(holds, x, jnp.nan))
         regular = jnp.isfinite(max_abs(answer))
         return approximate(answer, vector, left, regular=regular)

@@ -189,7 +189,8 @@ def proposed(
     y = vs.add_scaled(y, size + length, step)
 
     (error,) = tolerance.measures([full], anchor)
-    rest = left if history.spans else jnp.zeros_like(left)
+    spanning = history.window >= hist.dimension(anchor)
+    rest = left if spanning else jnp.zeros_like(left)
     proposal = Proposal(new, error, jax.lax.stop_gradient(reach), rest)
     state = State(
         state.points,

@@ -101,14 +101,6 @@ class History(eqx.Module, Generic[Y]):
         return self.distance.size - 1
 
     @property
-    def spans(self) -> bool:
-        """Whether there may be a pair per degree of freedom."""
-        one = jtu.tree_map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.dy
-        )
-        return self.window >= dimension(one)
-
-    @property
     def slots(self) -> Float[Array, " slots"]:
         """The numbers of the slots."""
         return jnp.asarray(np.arange(self.window + 1), self.used.dtype)
