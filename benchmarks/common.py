@@ -31,8 +31,11 @@ Solve = Callable[[Any], Any]
 OURS, MATCHED, BY_HAND = "eqximplicit", "eqximplicit, matched", "by hand"
 # As `by hand`, but for the linear system, which is left to the solver of `MATCHED`.
 SAME = "rule by hand"
-# Both again, with elimination by lineax.
+# A layer that differs from that in the rule alone.
+OWN = "eqximplicit, loop by hand"
+# All of them again, with elimination by lineax.
 MATCHED_LU, SAME_LU = "eqximplicit, lx.LU", "rule by hand, lx.LU"
+OWN_LU = "eqximplicit, loop by hand, lx.LU"
 
 
 class Workload(NamedTuple):
@@ -143,6 +146,22 @@ def fixed_point_by_hand(
 
     solve.defvjp(forward, backward)
     return solve
+
+
+def around_loop(
+    fn: Callable[[Any, Any], Any],
+    y0: Any,
+    tol: float,
+    linear_solver: lx.AbstractLinearSolver[Any],
+) -> Solve:
+    """A layer around the same loop."""
+    layer = eqi.ImplicitFunction(
+        eqi.FixedPoint(fn),
+        lambda y0, theta: picard(lambda y: fn(y, theta), y0, tol),
+        eqi.ImplicitAdjoint(linear_solver),
+        throw=False,
+    )
+    return layer_call(layer, y0)
 
 
 def unrolled(fn: Callable[[Any, Any], Any], y0: Any, steps: int) -> Solve:

@@ -23,7 +23,17 @@ import jax  # isort: skip  (on the core that the line before has chosen)
 import approximations
 import memory
 import timing
-from common import BY_HAND, MATCHED, MATCHED_LU, OURS, SAME, SAME_LU, Workload
+from common import (
+    BY_HAND,
+    MATCHED,
+    MATCHED_LU,
+    OURS,
+    OWN,
+    OWN_LU,
+    SAME,
+    SAME_LU,
+    Workload,
+)
 from timing import FirstCall
 from workloads import WORKLOADS
 
@@ -218,7 +228,8 @@ def against_rule(results: Results) -> str:
         "| first call: limit | layer / rule |",
         "|---" * 6 + "|",
     ]
-    for name, by_hand in ((MATCHED, SAME), (MATCHED_LU, SAME_LU)):
+    pairs = (OWN, SAME), (OWN_LU, SAME_LU), (MATCHED, SAME), (MATCHED_LU, SAME_LU)
+    for name, by_hand in pairs:
         for workload, rows in results.values():
             if name not in rows or by_hand not in rows:
                 continue
@@ -304,11 +315,14 @@ RULE = f"""\
 ## Against a rule by hand with the same linear solver
 
 `{SAME}` is a `custom_vjp` around the loop by hand whose backward pass calls
-`lx.linear_solve` with the linear solver of `matched`; `{SAME_LU}` and `{MATCHED_LU}`
-both use that of lineax. What the layer needs beside that is optimistix's loop, and to
-be NaN where the derivative is not to be trusted: it measures what the linear solver
-answers, how far the value is from a solution, and whether elimination has met a
-singular matrix, none of which the rule by hand looks at."""
+`lx.linear_solve` with the linear solver of `matched`; `{SAME_LU}` does so with that
+of lineax. The layers `{OWN}` and `{OWN_LU}` have
+the same loop for a solver and the same linear solver, so that only the rule is another:
+it is NaN where the derivative is not to be trusted, so it measures what the linear
+solver answers, and whether elimination has met a singular matrix, none of which the
+rule by hand looks at.
+`{MATCHED}` and `{MATCHED_LU}` have optimistix's loop instead, whose step is one
+kernel more, and whose claim to have converged is held against the value."""
 
 FIRST_CALL = """\
 ## Paying less for the first call

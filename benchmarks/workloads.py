@@ -17,6 +17,7 @@ import optimistix as optx
 import scipy.linalg
 import sparse
 from common import (
+    around_loop,
     BY_HAND,
     dense_adjoint,
     fixed_point_by_hand,
@@ -27,6 +28,8 @@ from common import (
     MATCHED,
     MATCHED_LU,
     OURS,
+    OWN,
+    OWN_LU,
     picard,
     picard_adjoint,
     SAME,
@@ -76,7 +79,7 @@ def tanh_reference(theta: Any) -> Any:
 def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
     """Every contestant for the fixed point of `tanh_cell`."""
     small = z0.size <= 32
-    condition = eqi.FixedPoint(tanh_cell)
+    condition, neumann = eqi.FixedPoint(tanh_cell), eqi.Neumann(rtol=adjoint_rtol)
     plain = optx.FixedPointIteration(rtol=tol, atol=tol)
     ours = eqi.ImplicitFunction(
         condition,
@@ -87,7 +90,7 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
     matched = eqi.ImplicitFunction(
         condition,
         plain,
-        eqi.ImplicitAdjoint(eqi.Neumann(rtol=adjoint_rtol)),
+        eqi.ImplicitAdjoint(neumann),
         throw=False,
     )
     by_hand = functools.partial(fixed_point_by_hand, tanh_cell, z0, tol)
@@ -95,7 +98,8 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
         OURS: layer_call(ours, z0),
         MATCHED: layer_call(matched, z0),
         BY_HAND: by_hand(picard_adjoint(adjoint_rtol)),
-        SAME: by_hand(lineax_adjoint(eqi.Neumann(rtol=adjoint_rtol))),
+        SAME: by_hand(lineax_adjoint(neumann)),
+        OWN: around_loop(tanh_cell, z0, tol, neumann),
         "optimistix, GMRES": tanh_optimistix(
             tol, z0, lx.GMRES(rtol=adjoint_rtol, atol=adjoint_rtol)
         ),
@@ -110,6 +114,7 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
         layer = eqi.ImplicitFunction(condition, plain, elimination, throw=False)
         solves[MATCHED_LU] = layer_call(layer, z0)
         solves[SAME_LU] = by_hand(lineax_adjoint(lx.LU()))
+        solves[OWN_LU] = around_loop(tanh_cell, z0, tol, lx.LU())
     if z0.ndim == 1:
         solves["optimistix"] = tanh_optimistix(
             tol, z0, lx.AutoLinearSolver(well_posed=None)
@@ -279,8 +284,10 @@ def pair() -> Workload:
         MATCHED: layer(plain),
         BY_HAND: by_hand(pair_adjoint),
         SAME: by_hand(lineax_adjoint(eqi.AutoLinearSolver())),
+        OWN: around_loop(pair_map, x0, tol, eqi.AutoLinearSolver()),
         MATCHED_LU: layer(plain, lx.LU()),
         SAME_LU: by_hand(lineax_adjoint(lx.LU())),
+        OWN_LU: around_loop(pair_map, x0, tol, lx.LU()),
         "optimistix": optimistix,
         "jaxopt": with_jaxopt,
         "unrolled": unrolled(pair_map, x0, 60),

@@ -49,6 +49,7 @@ from ._state import (
 from ._static import refuse_static_arrays
 from ._vector import vector_at
 from .linear_solvers import AutoLinearSolver
+from .linear_solvers._residual import even
 
 Y = TypeVar("Y")
 Args = TypeVar("Args")
@@ -95,7 +96,13 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
         vector = jtu.tree_map(jax.lax.neg, t_residual)
         coefficients = list(theta_leaves), aux
         t_y = differentiable_linear_solve(
-            residual, coefficients, real_at, vector, attached.rule, attached.claim
+            residual,
+            coefficients,
+            real_at,
+            vector,
+            attached.rule,
+            attached.claim,
+            lambda: pushed_forward(at_y, theta_leaves, moving, list(even(t_moving))),
         )
         return jtu.tree_leaves(from_real(t_y, like))
 

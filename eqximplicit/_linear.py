@@ -22,9 +22,10 @@ from ._custom_types import LinearSolver, PyTree
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
+from .linear_solvers import LeastNorm
 from .linear_solvers._closed_form import inverse_power
 from .linear_solvers._measured import AbstractMeasuredSolver, Measured
-from .linear_solvers._residual import even, inner, is_zero, norm, scale, square
+from .linear_solvers._residual import even, inner, is_zero, norm, scale
 from .linear_solvers.checked import checked
 
 # Options that are a guess of the solution, and of that of the transposed system.
@@ -117,15 +118,16 @@ class Doubt(eqx.Module):
     ) -> Bool[Array, ""]:
         """Whether the step is too long, along the cotangent `vector`."""
         moved = inner(x, self.residual)
-        return lax.gt(moved * moved, self._allowed() * square(vector))
+        return lax.gt(moved * moved, self._allowed() * inner(vector, vector))
 
     def contradicts(self) -> Bool[Array, ""]:
         """Whether Newton's step is too long, by estimate."""
-        return lax.gt(square(self.residual), self._allowed() * square(self.change))
+        left = inner(self.residual, self.residual)
+        return lax.gt(left, self._allowed() * inner(self.change, self.change))
 
     def _allowed(self) -> Float[Array, ""]:
         """The square of the longest step."""
-        return self.distance**2 * (1 + square(self.y))
+        return self.distance**2 * (1 + inner(self.y, self.y))
 
 
 def _solved(
@@ -154,13 +156,13 @@ class _System(NamedTuple):
     rule: LinearRule
     state: Any
     doubt: Doubt | None
+    movable: Bool[Array, ""] | None  # as `_is_movable`
 
 
 def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # At a double root ∂F/∂θ is zero together with ∂F/∂y: that zero says nothing.
-    rule, state, doubt = system
-    asked = _normalised(rule, vector, rule.options)
-    found = _answer(rule, state, asked)
+    rule, state, doubt, _ = system
+    asked, found = _direct(rule, state, vector)
     singular = jnp.asarray(found.result == lx.RESULTS.singular) | ~rule.trusted
     wrong = None if doubt is None else doubt.contradicts()
     return _solved(rule, found, asked.back, found.asked | singular, wrong)
@@ -168,12 +170,21 @@ def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
 
 def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # A zero cotangent is a lane that nobody asks about, and it must stay zero.
-    rule, state, doubt = system
+    rule, state, doubt, movable = system
     asked, found = transposed(rule, state, vector)
-    wrong = None
+    wrong = None if movable is None else ~movable
     if doubt is not None:
-        wrong = doubt.contradicts_cotangent(asked.vector, found.x)
+        far = doubt.contradicts_cotangent(asked.vector, found.x)
+        wrong = far if wrong is None else wrong | far
     return _solved(rule, found, asked.back, found.asked, wrong)
+
+
+def _direct(
+    rule: LinearRule, state: Any, vector: PyTree[Array]
+) -> tuple[_Asked, Measured]:
+    """The system for a tangent in other units, and its answer in them."""
+    asked = _normalised(rule, vector, rule.options)
+    return asked, _answer(rule, state, asked)
 
 
 def transposed(
@@ -214,6 +225,21 @@ def _examined(
     return rule, Doubt(y, value, distance, mv(even(y)))
 
 
+def _is_movable(
+    rule: LinearRule, state: Any, sample: Callable[[], PyTree[Array]] | None
+) -> Bool[Array, ""] | None:
+    """Whether the solution moves along a tangent of the parameters without a pattern.
+
+    `LeastNorm` of a singular system fails for a tangent along which there is no
+    solution. A cotangent knows nothing of that: it asks for all tangents at once, and
+    so for any.
+    """
+    strict = isinstance(rule.solver, LeastNorm) and not rule.solver.least_squares
+    if sample is None or not strict or rule.options.get("project", False):
+        return None
+    return _direct(rule, state, sample())[1].good
+
+
 def _at_a_point(
     rule: LinearRule,
     operator: lx.AbstractLinearOperator,
@@ -241,6 +267,7 @@ def differentiable_linear_solve(
     vector: PyTree[Array],
     rule: LinearRule,
     claim: Claim | None = None,
+    sample: Callable[[], PyTree[Array]] | None = None,
 ) -> PyTree[Array]:
     r"""The solution `x` of `A x = b` for `A = ∂residual/∂y`, in any AD mode.
 
@@ -258,6 +285,7 @@ def differentiable_linear_solve(
     - `vector`: the right-hand side `b`.
     - `rule`: the linear solver, its options, the tags of `A`, and whether to trust it.
     - `claim`: what was claimed of `at`.
+    - `sample`: a right-hand side that tells of all those there may be.
 
     **Returns:** `x`, structured as `vector`. All NaN where the solver failed, the
     solution is not finite (but for entries that overflow in the end), `rule.trusted` is
@@ -276,7 +304,8 @@ def differentiable_linear_solve(
     rule = dataclasses.replace(rule, solver=checked(rule.solver, operator))
     rule, doubt = _examined(rule, claim, y, value, mv)
     state = factorised(rule, operator, value, y)
-    f_leaves, factors = flatten((rule, state, doubt))
+    movable = _is_movable(rule, state, sample)
+    f_leaves, factors = flatten((rule, state, doubt, movable))
 
     def apply(leaves: Leaves, v: Leaves) -> Leaves:
         coefficients, y = linearised_at.restored(leaves)

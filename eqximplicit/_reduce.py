@@ -42,14 +42,14 @@ def largest(x: Float[Array, "..."], axis: Axis = None) -> Float[Array, "..."]:
     return _reduced(x, "max", axis)
 
 
-def is_few(x: Array, axis: int) -> bool:
+def is_few(x: Array, axis: int, most: int = _FEW) -> bool:
     """Whether so few, of full precision, and of a type that says nothing of devices."""
     size: Any = x.shape[axis]  # may be symbolic
     # Of lower precision, JAX adds up in float32.
     wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32
     sharding = getattr(getattr(x, "aval", None), "sharding", None)
     anywhere = all(part is None for part in getattr(sharding, "spec", ()))
-    few = isinstance(size, int) and 0 < size <= _FEW * _KERNEL
+    few = isinstance(size, int) and 0 < size <= most
     return few and wide and anywhere
 
 
@@ -58,7 +58,7 @@ def _reduced(x: Array, kind: str, axis: Axis) -> Array:
     axes = (wanted,) if isinstance(wanted, int) else tuple(wanted)
     if not axes:
         return x
-    if len(axes) == 1 and is_few(x, axes[0]):
+    if len(axes) == 1 and is_few(x, axes[0], _FEW * _KERNEL):
         return _reduce_p.bind(x, kind=kind, axis=axes[0])
     return _REDUCTIONS[kind](x, axis=axes)
 

@@ -124,7 +124,8 @@ def _singular(spectrum: Spectrum, where: str) -> Finding:
         f"{spectrum.flats} of {spectrum.null.size} singular values are zero to "
         f"working precision, condition number {number(spectrum.condition)}",
         "Remove redundant equations or a symmetry, look for a multiple root, or pass "
-        "`linear_solver=eqi.LeastNorm()` for the minimum-norm derivative.",
+        "`linear_solver=eqi.LeastNorm()` for the minimum-norm derivative; with "
+        "`least_squares=True` if the parameters alone may leave no solution.",
     )
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree, ShapeDtypeStruct
-from ._reduce import largest
+from ._reduce import is_few, largest
 
 T = TypeVar("T")
 _Struct = jax.ShapeDtypeStruct | Array
@@ -246,16 +246,24 @@ def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
 
 
 def every(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
-    """Whether all flags are set.
+    """Whether all flags are set, for the body of a small loop: see `_reduce.py`.
 
     As a maximum: XLA makes one kernel of that for the CPU, and three of `jnp.all`.
     """
+    return largest(_unset(flags)) == 0
+
+
+def _unset(flags: Bool[Array, "..."]) -> Float[Array, "..."]:
     zero = lax.full_like(flags, 0, jnp.float32)
-    return largest(lax.select(flags, zero, zero + 1)) == 0
+    return lax.select(flags, zero, zero + 1)
 
 
 def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
-    return functools.reduce(lax.bitwise_and, map(every, leaves))
+    def leaf(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
+        few = flags.ndim == 1 and is_few(_unset(flags), 0)
+        return every(flags) if few else jnp.all(flags)
+
+    return functools.reduce(lax.bitwise_and, map(leaf, leaves))
 
 
 def nonzero_and_finite(

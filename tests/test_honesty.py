@@ -106,9 +106,6 @@ FALSE_CLAIMS = {
     # zero at a double root, whose derivative is right. Their difference is a second
     # derivative of the residual.
     "root that turns back",
-    # In reverse: whether the parameters can move the system out of its range depends
-    # on what they are computed from, which the rule does not see.
-    "inconsistent, least norm",
 }
 
 

@@ -820,3 +820,72 @@ def test_exchanges_are_followed_as_they_are_carried_out(inverse):
     wanted = np.argsort(rows) if inverse else np.asarray(rows)
     for find in (_permutation.by_following, _permutation.by_exchanging):
         assert find(pivots, inverse=inverse).tolist() == wanted.tolist()
+
+
+def on_a_ring(num_nodes, linear_solver):
+    """Potentials `y` of `L y = f` on a ring, which has them where `f` sums to zero."""
+    eye = np.eye(num_nodes)
+    matrix = 2 * eye - np.roll(eye, 1, axis=0) - np.roll(eye, -1, axis=0)
+    inverse, matrix = jnp.asarray(np.linalg.pinv(matrix)), jnp.asarray(matrix)
+
+    def potentials(f):
+        y = inverse @ f
+        root = eqi.Root(lambda y, f: matrix @ y - f)
+        return eqi.implicit_solution(root, y, f, linear_solver=linear_solver)
+
+    return potentials, np.asarray(inverse)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 5])
+def test_least_norm_in_reverse_asks_whether_parameters_leave_a_solution(num_nodes):
+    ct = np.random.default_rng(RNG_SEED).normal(size=num_nodes)
+    ct -= ct.mean()
+    flow = jnp.arange(1.0, num_nodes + 1)
+    centred = lambda f: f - jnp.mean(f)
+
+    def slopes(linear_solver):
+        potentials, inverse = on_a_ring(num_nodes, linear_solver)
+        loss = lambda f: ct @ potentials(f)
+        outside = jax.grad(lambda f: loss(centred(f)))(flow)
+        forward = jax.jacfwd(lambda f: loss(centred(f)))(flow)
+        bare = jax.grad(loss)(centred(flow))
+        return outside, forward, bare, inverse @ ct
+
+    # What `f` is computed from, reverse mode does not see.
+    outside, forward, bare, exact = slopes(LeastNorm())
+    assert np.all(np.isnan(outside))
+    assert np.all(np.isnan(bare))
+    np.testing.assert_allclose(forward, exact, atol=1e-10)
+    outside, forward, bare, exact = slopes(LeastNorm(least_squares=True))
+    for slope in (outside, forward, bare):
+        np.testing.assert_allclose(slope, exact, atol=1e-10)
+    # Here the condition sees that there is a solution whatever the parameters are.
+    potentials, inverse = on_a_ring(num_nodes, LeastNorm())
+    root = eqi.Root(lambda y, f: y - jnp.mean(y) - (f - jnp.mean(f)))
+    centre = lambda f: eqi.implicit_solution(
+        root, centred(f), f, linear_solver=LeastNorm()
+    )
+    slope = jax.vmap(jax.grad(lambda f: ct @ centre(f)))(jnp.stack([flow, -flow]))
+    np.testing.assert_allclose(slope, np.stack([ct, ct]), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [4, 32, 33])
+def test_elimination_does_not_depend_on_the_scale_of_rows_and_columns(n, dtype):
+    draw = np.random.default_rng(n)
+    plain = draw.normal(size=(n, n))
+    singular = plain.copy()
+    singular[-1] = draw.normal(size=n - 1) @ plain[:-1]
+    rows, columns = 2.0 ** draw.integers(-20, 20, size=(2, n))
+    for matrix, regular in ((plain, True), (singular, False)):
+        scaled = rows[:, None] * matrix * columns
+        operator, wanted = _operator(scaled, (), dtype), draw.normal(size=n) / columns
+        for transposed in (False, True):
+            system = operator.T if transposed else operator
+            dense = np.asarray(system.as_matrix(), float)
+            x = draw.normal(size=n) / rows if transposed else wanted
+            found, ok, _ = _run(DirectLU(), system, dense @ x, dtype)
+            assert bool(ok) == regular
+            scale = rows if transposed else columns
+            error = np.abs(found - x) * scale
+            assert not ok or np.max(error) < 1e5 * np.finfo(dtype).eps

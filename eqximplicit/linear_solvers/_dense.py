@@ -15,7 +15,7 @@ from ._small import as_matrix
 # is at most 1000 eps in float64 and 250 eps in float32 (2 eps^(2/3): 3e5 and 400 eps).
 MAX_BYTES = 2**30
 # Up to so many entries XLA adds up in one kernel, which compiles faster than a product.
-_FEW = 32
+FEW = 32
 # A residual of this many epsilon times the norm of the matrix is rounding of a product
 # of that matrix with a vector of norm one.
 NOISE = 16.0
@@ -72,6 +72,6 @@ def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) ->
 
 
 def matvec(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
-    if matrix.shape[0] <= _FEW:  # elementwise, so that a batch of them is one loop
+    if matrix.shape[0] <= FEW:  # elementwise, so that a batch of them is one loop
         return jnp.sum(matrix * x[None, :], axis=1)
     return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)

@@ -76,7 +76,8 @@ def measured(
     # Where `b` is zero, so is the answer, whatever `x` is.
     residual_norm = lax.sqrt(lax.select(bb == 0, lax.full_like(rr, 0), rr))
     stats = {"residual_norm": residual_norm, **stats}
-    return _answer(x, bb, within(rr, bb, rtol, atol), regular, failure, stats)
+    good = within(rr, bb, rtol, atol)
+    return judged(x, bb, good, regular, failure=failure, **stats)
 
 
 def approximate(
@@ -92,17 +93,17 @@ def approximate(
     That of a solver which is inexact by design, or has been measured before.
     """
     bb, good = dot(vector, vector), jnp.isfinite(max_abs(x))
-    stats = {"residual_norm": residual_norm, **stats}
-    return _answer(x, bb, good, regular, lx.RESULTS.singular, stats)
+    return judged(x, bb, good, regular, residual_norm=residual_norm, **stats)
 
 
-def _answer(
+def judged(
     x: PyTree[Array],
     bb: Float[Array, ""],
     good: Bool[Array, ""],
     regular: Bool[Array, ""] | None,
-    failure: lx.RESULTS,
-    stats: Stats,
+    *,
+    failure: lx.RESULTS = lx.RESULTS.singular,
+    **stats: Any,
 ) -> Measured:
     asked, finite = lax.ne(bb, lax.full_like(bb, 0)), lax.is_finite(bb)
     good = lax.bitwise_and(lax.bitwise_or(good, lax.bitwise_not(asked)), finite)

@@ -52,7 +52,7 @@ def _leaf_dot(a: Array, b: Array) -> Float[Array, ""]:
 
 
 def inner(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
-    """`dot`, for the body of a small loop or many small lanes: see `_reduce.py`."""
+    """`dot`, for many small lanes: few entries are added one by one."""
 
     def leaf(a: Array, b: Array) -> Float[Array, ""]:
         few = a.ndim == 1 and is_few(a, 0)
@@ -63,8 +63,12 @@ def inner(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
 
 
 def square(x: PyTree[Array]) -> Float[Array, ""]:
-    """The square of the norm, as `inner`."""
-    return inner(x, x)
+    """The square of the norm, for the body of a small loop: see `_reduce.py`."""
+
+    def leaf(a: Array) -> Float[Array, ""]:
+        return total(lax.mul(a, a)) if a.ndim == 1 else _leaf_dot(a, a)
+
+    return functools.reduce(lax.add, map(leaf, jtu.tree_leaves(x)))
 
 
 def norm(x: PyTree[Array]) -> Float[Array, ""]:

@@ -32,9 +32,12 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
     singular values; by eigenvectors for an operator with a symmetric tag. Any shape of
     operator.
 
-    In reverse mode the right-hand side is the cotangent of the solution, which need not
-    be in the range: `least_squares=True` then projects it, which is the transpose of
-    the forward rule.
+    As the `linear_solver` of a derivative in reverse mode it has failed, too, where the
+    parameters can make the system inconsistent: it then has no solution for them to
+    differentiate. What they are computed from may exclude that, which reverse mode does
+    not see, and the right-hand side is the cotangent of the solution, which need not be
+    in the range either. `least_squares=True` is for both: it projects, which is the
+    transpose of the forward rule.
 
     **Arguments:**
 

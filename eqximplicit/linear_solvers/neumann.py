@@ -14,12 +14,12 @@ from ._iterations import picard, System
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
     add,
+    dot,
     epsilon,
     minus,
     norm,
     require_like,
     scale,
-    square,
     structure,
     transposed_options,
     warn_if_unreachable,
@@ -149,7 +149,7 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
             mv=state.operator.mv,
             precondition=lambda r: self._increment(r, options),
             b=vector,
-            bb=square(vector),
+            bb=dot(vector, vector),
             rtol=rtol,
             atol=self.atol,
             max_steps=self.max_steps,
