@@ -15,9 +15,9 @@ import numpy as np
 import scipy.sparse as sp
 from jax.core import Tracer
 
-# Neither SciPy nor the equations of a jaxpr come with static types.
-Pattern: TypeAlias = Any  # sp.csr_array of booleans
-Equation: TypeAlias = Any  # jex.JaxprEqn
+from ._moves import Equation, moved, MOVES
+
+Pattern: TypeAlias = Any  # sp.csr_array of booleans; SciPy has no static types
 
 
 class UnknownPrimitive(Exception):
@@ -89,45 +89,6 @@ def _select(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     return _elementwise(eqn, ins, limit)
 
 
-def _pad(operand: np.ndarray, fill: np.ndarray, config: Any) -> np.ndarray:
-    for axis, (low, high, interior) in enumerate(config):
-        size = operand.shape[axis]
-        inner = size + max(size - 1, 0) * interior
-        shape = list(operand.shape)
-        shape[axis] = inner + max(low, 0) + max(high, 0)
-        out = np.full(shape, fill.reshape(())[()], operand.dtype)
-        at = [slice(None)] * operand.ndim
-        start = max(low, 0)
-        at[axis] = slice(start, start + inner, interior + 1)
-        out[tuple(at)] = operand
-        at[axis] = slice(max(-low, 0), shape[axis] - max(-high, 0))
-        operand = out[tuple(at)]
-    return operand
-
-
-def _move(eqn: Equation, ids: list[np.ndarray]) -> np.ndarray:
-    """Does to an array of labels what the primitive does to its operands."""
-    name, p, first = eqn.primitive.name, eqn.params, ids[0]
-    shape = eqn.outvars[0].aval.shape
-    if name == "slice":
-        strides = p["strides"] or (1,) * first.ndim
-        return first[tuple(map(slice, p["start_indices"], p["limit_indices"], strides))]
-    if name == "transpose":
-        return first.transpose(p["permutation"])
-    if name == "rev":
-        return np.flip(first, p["dimensions"])
-    if name == "concatenate":
-        return np.concatenate(ids, axis=p["dimension"])
-    if name == "pad":
-        return _pad(first, ids[1], p["padding_config"])
-    if name == "broadcast_in_dim":
-        wide = [1] * len(shape)
-        for size, axis in zip(first.shape, p["broadcast_dimensions"], strict=True):
-            wide[axis] = size
-        return np.broadcast_to(first.reshape(wide), shape)
-    return first.reshape(shape)  # reshape, squeeze, expand_dims
-
-
 def _labels(eqn: Equation, ins: list[Traced]) -> tuple[list[np.ndarray], Any]:
     """Labels 1, 2, ... for the elements that depend on the input, 0 for the rest."""
     ids, found, start = [], [], 1
@@ -147,7 +108,7 @@ def _moving(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         raise UnknownPrimitive("reshape with dimensions")
     ids, stacked = _labels(eqn, ins)
-    return _take_rows(stacked, _move(eqn, ids), limit)
+    return _take_rows(stacked, moved(eqn, ids), limit)
 
 
 def _indexed(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
@@ -253,11 +214,7 @@ _RULES: dict[str, Rule] = {
         "copy_p reduce_precision".split(),
         _elementwise,
     ),
-    **dict.fromkeys(
-        "slice transpose rev concatenate pad broadcast_in_dim reshape squeeze "
-        "expand_dims".split(),
-        _moving,
-    ),
+    **dict.fromkeys(MOVES, _moving),
     **dict.fromkeys(
         "gather dynamic_slice dynamic_update_slice scatter".split(), _indexed
     ),

@@ -27,6 +27,7 @@ from ..linear_solvers import (
     AutoLinearSolver,
     DirectLU,
 )
+from ..linear_solvers._entrywise import entrywise
 from . import _vector_space as vs
 from ._opening import LEAST_BUDGET, Opened
 from ._root_vector import real_size
@@ -57,19 +58,25 @@ class _Seen(NamedTuple):
     aux: Any
 
 
-class _Problem(NamedTuple):
-    fn: IteratedFn
-    args: Any
-    struct: Any
+class _Problem:
+    """A function of few numbers, by entries."""
+
+    def __init__(self, fn: IteratedFn, args: Any, struct: Any):
+        self.struct = struct
+        self._fn = entrywise(lambda y: fn(y, args), struct)
 
     def look(self, y: list[Array]) -> _Seen:
-        at = small.from_entries(y, self.struct)
-        out, linear, aux = jax.linearize(
-            lambda y: self.fn(y, self.args), at, has_aux=True
-        )
-        f = small.entries(out)
-        move = closed.solve(small.rows_of(linear, self.struct), f)
-        return _Seen(f, move, aux)
+        columns, found = list[list[Array]](), None
+        for i, entry in enumerate(y):
+            along = lambda entry, i=i: self._fn([*y[:i], entry, *y[i + 1 :]])
+            one = jnp.ones_like(entry)
+            f, column, aux = jax.jvp(along, (entry,), (one,), has_aux=True)
+            columns.append(column)
+            found = f, aux
+        assert found is not None
+        f, aux = found
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        return _Seen(f, closed.solve(rows, f), aux)
 
 
 class _Carry(eqx.Module):
