@@ -42,7 +42,7 @@ def _pad(operand: Any, fill: Any, config: Any) -> Any:
         inner = size + max(size - 1, 0) * interior
         shape = list(operand.shape)
         shape[axis] = inner + max(low, 0) + max(high, 0)
-        out = np.full(shape, fill.reshape(())[()], operand.dtype)
+        out = np.broadcast_to(fill.reshape(()), shape).astype(operand.dtype)
         at = [slice(None)] * operand.ndim
         start = max(low, 0)
         at[axis] = slice(start, start + inner, interior + 1)
