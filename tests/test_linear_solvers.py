@@ -889,3 +889,53 @@ def test_elimination_does_not_depend_on_the_scale_of_rows_and_columns(n, dtype):
             scale = rows if transposed else columns
             error = np.abs(found - x) * scale
             assert not ok or np.max(error) < 1e5 * np.finfo(dtype).eps
+
+
+def sparse_draws(n, count):
+    """Regular matrices with few entries, each -1, 1 or 2, beside ones they have not."""
+    draw, found = np.random.default_rng(n), []
+    while len(found) < count:
+        entries = draw.choice([-1.0, 1.0, 2.0, 0.3], size=(n, n))
+        matrix = np.where(draw.random((n, n)) < 2.0 / n, entries, 0.0)
+        matrix += np.diag(draw.choice([0.0, 0.7], size=n))
+        if np.linalg.cond(matrix) < 1e3:
+            found.append(matrix)
+    return np.stack(found)
+
+
+SOLVED_BY = [DirectLU(), AutoLinearSolver(), eqi.SparseDirect(), LeastNorm()]
+
+
+@pytest.mark.parametrize("solver", SOLVED_BY, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("n", [4, 9, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_solution_with_entries_that_are_zero_but_for_rounding(n, dtype, solver):
+    # Elimination of these fills in what cancels: the zeros become 1e-17.
+    matrices = sparse_draws(n, 20)
+
+    def solve(matrix):
+        if isinstance(solver, eqi.SparseDirect):  # its pattern is that of the function
+            operator = lx.FunctionLinearOperator(
+                lambda v: matrix @ v, jax.eval_shape(lambda: matrix[0])
+            )
+        else:
+            operator = lx.MatrixLinearOperator(matrix)
+
+        def answers(operator):
+            state = solver.init(operator, {})
+            found = [
+                solver.compute(state, e, {})[:2] for e in jnp.eye(n, dtype=dtype)[:4]
+            ]
+            return jnp.stack([jnp.where(is_ok(r), x, jnp.nan) for x, r in found])
+
+        return answers(operator), answers(operator.T)
+
+    is_ok = lambda result: result == lx.RESULTS.successful
+    for found, exact in zip(
+        jax.jit(jax.vmap(solve))(jnp.asarray(matrices, dtype)),
+        (np.linalg.inv(matrices), np.linalg.inv(matrices.transpose(0, 2, 1))),
+        strict=True,
+    ):
+        wanted = exact.transpose(0, 2, 1)[:, :4]
+        error = np.max(np.abs(found - wanted))
+        assert error < (1e-8 if dtype == np.float64 else 1e-2)

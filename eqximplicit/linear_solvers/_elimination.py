@@ -65,8 +65,9 @@ def _with_steps(matrix: Float[Array, "n n"]) -> tuple[Carried, Bool[Array, " n"]
     )
     upper, steps = lu[:, :n], lu[:, n:]
     # u_ii = sum_k steps_ik a_ki
-    left, terms = balance(steps * matrix.T)
-    return Carried(upper, steps), jnp.abs(left) > singular_below(epsilon(lu)) * terms
+    terms, limit = steps * matrix.T, singular_below(epsilon(lu))
+    pivots, sizes = jnp.sum(terms, axis=1), jnp.sum(jnp.abs(terms), axis=1)
+    return Carried(upper, steps), jnp.abs(pivots) > limit * sizes
 
 
 def _has_pivots(lu: Float[Array, "n n"]) -> Bool[Array, " n"]:
@@ -75,13 +76,6 @@ def _has_pivots(lu: Float[Array, "n n"]) -> Bool[Array, " n"]:
     sizes, limit = jnp.abs(lu), singular_below(epsilon(lu))
     diagonal = jnp.where(i == k, (1 - limit) * sizes, 0)
     return jnp.sum(jnp.where(k < i, -limit * sizes * sizes.T, diagonal), axis=1) > 0
-
-
-def balance(
-    terms: Float[Array, "n n"],
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """The sums of rows, and those of the sizes of their terms."""
-    return jnp.sum(terms, axis=1), jnp.sum(jnp.abs(terms), axis=1)
 
 
 def _triangle(

@@ -19,10 +19,11 @@ from ._dense import (
     materialised,
     matvec,
     MAX_BYTES,
+    NOISE,
     residual_limit,
     singular_below,
 )
-from ._elimination import balance, Carried, eliminated, Exchanged
+from ._elimination import Carried, eliminated, Exchanged
 from ._measured import AbstractMeasuredSolver, judged, Measured, measured
 from ._residual import dot, epsilon, even, norm, structure
 from ._small import LARGEST, small_solution, small_state, SmallState
@@ -31,11 +32,14 @@ from ._small import LARGEST, small_solution, small_state, SmallState
 def _is_exact(
     matrix: Float[Array, "n n"], x: Float[Array, " n"], b: Float[Array, " n"]
 ) -> Bool[Array, " n"]:
-    # Row by row, so that the scale of a row has no say. Each row multiplies all of `x`:
-    # where that is not finite, nor is any difference.
-    image, sizes = balance(matrix * x[None, :])
-    limit = residual_limit(epsilon(b)) * (sizes + jnp.abs(b))
-    return jnp.abs(b - image) - limit <= 0
+    # Row by row, so that the scale of a row has no say. An entry of the solution may be
+    # zero, and its row then nothing but rounding, which is relative to the largest one.
+    # Each row multiplies all of `x`: where that is not finite, nor is any difference.
+    eps, sizes = epsilon(b), jnp.abs(x)
+    limit = residual_limit(eps)
+    rounding = NOISE * x.size * eps / limit * jnp.max(sizes)
+    terms = matvec(jnp.abs(matrix), sizes + rounding) + jnp.abs(b)
+    return jnp.abs(b - matvec(matrix, x)) - limit * terms <= 0
 
 
 @custom_vmap
@@ -89,9 +93,9 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
     The result is `lx.RESULTS.singular` where elimination has cancelled a pivot to less
     than $2\epsilon^{2/3}$ of its terms (the matrix is singular to working precision,
     even if the solve is finite), or where the measured residual exceeds
-    $\epsilon^{1/3}\lVert b\rVert_2$; for `n > 3`, $\epsilon^{1/3}$ of the terms of its
-    row, $\sum_j |a_{ij} x_j| + |b_i|$. For a singular system use
-    [`eqximplicit.LeastNorm`][].
+    $\epsilon^{1/3}\lVert b\rVert_2$; for `n > 3`, that of a row $\epsilon^{1/3}$ of its
+    terms, $\sum_j |a_{ij} x_j| + |b_i|$, by more than rounding explains. For a
+    singular system use [`eqximplicit.LeastNorm`][].
 
     **Arguments:**
 
