@@ -937,5 +937,5 @@ def test_solution_with_entries_that_are_zero_but_for_rounding(n, dtype, solver):
         strict=True,
     ):
         wanted = exact.transpose(0, 2, 1)[:, :4]
-        error = np.max(np.abs(found - wanted))
+        error = np.max(np.abs(np.asarray(found, float) - wanted))
         assert error < (1e-8 if dtype == np.float64 else 1e-2)
