@@ -2,9 +2,9 @@
 
 XLA lays out the scratch of each reduction of a program in every call of it, in branches
 that are not taken as well, and makes three kernels of one over more than 32 entries. On
-one device, few entries are added up one by one, and some hundred in two stages, which is
-for the body of a loop. Over several devices that would gather them, so the choice is the
-lowering's.
+one device, few entries are added up one by one, and some hundred in two stages, which
+is for the body of a loop. Over several devices that would gather them, so the choice is
+the lowering's.
 """
 
 import functools
