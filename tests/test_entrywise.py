@@ -28,6 +28,20 @@ def looped(y):
     )
 
 
+def long(y):
+    for _ in range(100):
+        y = jnp.sin(y)
+    return y
+
+
+NOT_BY_ENTRIES = {
+    "loop": looped,
+    "branch": lambda y: jax.lax.cond(y[0] > 0, jnp.sin, jnp.cos, y),
+    "scan": lambda y: jax.lax.scan(lambda c, x: (c + x * y, c), y, y)[0],
+    "long": long,
+}
+
+
 def indexed(y):
     return y[jnp.argmax(y)] * jnp.roll(y, 1) + y.at[0].set(0.0)
 
@@ -46,9 +60,6 @@ FUNCTIONS = {
     "choice": lambda y: jnp.where(y > 0, y**2, -y) + jnp.maximum(y, 0.3),
     "derivative of its own": with_a_rule,
     "relu": lambda y: jax.nn.relu(y - y[1]) + y,
-    "loop": looped,
-    "branch": lambda y: jax.lax.cond(y[0] > 0, jnp.sin, jnp.cos, y),
-    "scan": lambda y: jax.lax.scan(lambda c, x: (c + x * y, c), y, y)[0],
     "index": indexed,
     "shapes": shaped,
     "order": lambda y: jnp.cumsum(jnp.sort(y)) + y,
@@ -69,7 +80,9 @@ def test_value_and_derivative_are_those_of_the_function(name, dtype):
     fn, struct = FUNCTIONS[name], jax.ShapeDtypeStruct((3,), dtype)
 
     def by_entries(y):
-        scalars, aux = entrywise(lambda y: (fn(y), y[0] > 0), struct)(list(y))
+        evaluate = entrywise(lambda y: (fn(y), y[0] > 0), struct)
+        assert evaluate is not None
+        scalars, aux = evaluate(list(y))
         return jnp.stack(scalars), aux
 
     def both(y):
@@ -85,6 +98,16 @@ def test_value_and_derivative_are_those_of_the_function(name, dtype):
             assert a.dtype == b.dtype
             np.testing.assert_allclose(b, a, rtol=rtol, atol=rtol)
     assert bool(jax.jit(by_entries)(points[0])[1]) == (POINTS[0, 0] > 0)
+
+
+@pytest.mark.parametrize("name", NOT_BY_ENTRIES)
+def test_long_functions_and_loops_stay_as_they_are(name):
+    fn = NOT_BY_ENTRIES[name]
+    struct = jax.ShapeDtypeStruct((3,), float)
+    assert entrywise(lambda y: (jax.jit(fn)(y), None), struct) is None
+    root = eqi.Root(lambda y, a: y + 0.1 * fn(y) - a)
+    found = eqi.ImplicitFunction(root)(jnp.ones(3), jnp.arange(2.0, 5.0))
+    assert np.max(np.abs(root.fn(found, jnp.arange(2.0, 5.0)))) < 1e-8
 
 
 def test_pytrees_keep_the_order_of_their_entries():

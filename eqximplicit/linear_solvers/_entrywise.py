@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jaxtyping import Array
 
 from .._custom_types import PyTree, ShapeDtypeStruct
@@ -35,16 +36,24 @@ _ELEMENTWISE = frozenset(
     "neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square sub "
     "tan tanh xor".split()
 )
+_CALLS = ("jit", "pjit")
+# A derivative would go through these once for each entry.
+_LOOPS = ("while", "scan", "cond")
+# Of more operations on entries, compilation takes longer than they save.
+_LONGEST = 200
 
 
 def entrywise(
     fn: Callable[[Any], tuple[PyTree[Array], Any]], struct: PyTree[ShapeDtypeStruct]
-) -> Callable[[Scalars], tuple[Scalars, Any]]:
+) -> Callable[[Scalars], tuple[Scalars, Any]] | None:
     """`fn` from the entries of its argument to those of its result, and what is beside.
 
-    What `fn` reads is taken apart here, so once, if it is called in a loop.
+    What `fn` reads is taken apart here, so once, if it is called in a loop. `None` for
+    a long function, or one with loops.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(struct)
+    if _length(closed.jaxpr) > _LONGEST:
+        return None
     leaves, treedef = jtu.tree_leaves(struct), jtu.tree_structure(shapes)
     consts = list(map(_apart, closed.consts))
 
@@ -55,6 +64,20 @@ def entrywise(
         return entries, jtu.tree_map(lambda held: _together(held.value), aux)
 
     return evaluate
+
+
+def _length(jaxpr: jex.Jaxpr) -> float:
+    """The number of operations on entries."""
+    eqns: Sequence[Equation] = jaxpr.eqns
+    return sum(map(_count, eqns))
+
+
+def _count(eqn: Equation) -> float:
+    if eqn.primitive.name in _LOOPS:
+        return math.inf
+    if eqn.primitive.name in _CALLS:
+        return _length(eqn.params["jaxpr"].jaxpr)
+    return sum(math.prod(v.aval.shape) for v in eqn.outvars if _is_few(v.aval))
 
 
 class _Held:
@@ -81,6 +104,8 @@ def _objects(scalars: Sequence[Any], shape: tuple[int, ...]) -> Value:
 
 
 def _is_few(aval: Any) -> bool:
+    if type(aval) is not ShapedArray or any(aval.sharding.spec):
+        return False
     fixed = all(isinstance(n, int) for n in aval.shape)
     few = fixed and 0 < math.prod(aval.shape) <= _FEW
     return few and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
@@ -130,7 +155,7 @@ def _evaluate(
 
 def _step(eqn: Equation, ins: list[Value]) -> list[Value]:
     name = eqn.primitive.name
-    if name in ("jit", "pjit"):
+    if name in _CALLS:
         body = eqn.params["jaxpr"]
         return _evaluate(body.jaxpr, list(map(_apart, body.consts)), ins)
     few = all(_is_few(v.aval) for v in (*eqn.invars, *eqn.outvars))

@@ -59,24 +59,36 @@ class _Seen(NamedTuple):
 
 
 class _Problem:
-    """A function of few numbers, by entries."""
+    """A function of few numbers, which is evaluated entry by entry if it is short."""
 
     def __init__(self, fn: IteratedFn, args: Any, struct: Any):
         self.struct = struct
-        self._fn = entrywise(lambda y: fn(y, args), struct)
+        self._fn = lambda y: fn(y, args)
+        self._by_entries = entrywise(self._fn, struct)
 
     def look(self, y: list[Array]) -> _Seen:
-        columns, found = list[list[Array]](), None
-        for i, entry in enumerate(y):
-            along = lambda entry, i=i: self._fn([*y[:i], entry, *y[i + 1 :]])
-            one = jnp.ones_like(entry)
-            f, column, aux = jax.jvp(along, (entry,), (one,), has_aux=True)
-            columns.append(column)
-            found = f, aux
-        assert found is not None
-        f, aux = found
-        rows = [list(row) for row in zip(*columns, strict=True)]
+        evaluate = self._by_entries
+        if evaluate is None:
+            f, rows, aux = self._linearised(y)
+        else:
+            along = [_along(evaluate, y, i) for i in range(len(y))]
+            f, _, aux = along[0]
+            columns = [column for _, column, _ in along]
+            rows = [list(row) for row in zip(*columns, strict=True)]
         return _Seen(f, closed.solve(rows, f), aux)
+
+    def _linearised(self, y: list[Array]) -> tuple[list[Array], closed.Rows, Any]:
+        at = small.from_entries(y, self.struct)
+        out, linear, aux = jax.linearize(self._fn, at, has_aux=True)
+        return small.entries(out), small.rows_of(linear, self.struct), aux
+
+
+def _along(
+    evaluate: Callable[[list[Array]], tuple[list[Array], Any]], y: list[Array], i: int
+) -> tuple[list[Array], list[Array], Any]:
+    """The entries of a function, their derivative in one of `y`, and what is beside."""
+    fn = lambda entry: evaluate([*y[:i], entry, *y[i + 1 :]])
+    return jax.jvp(fn, (y[i],), (jnp.ones_like(y[i]),), has_aux=True)
 
 
 class _Carry(eqx.Module):
