@@ -38,8 +38,13 @@ def _is_exact(
     eps, sizes = epsilon(b), jnp.abs(x)
     limit = residual_limit(eps)
     rounding = NOISE * x.size * eps / limit * jnp.max(sizes)
-    terms = matvec(jnp.abs(matrix), sizes + rounding) + jnp.abs(b)
-    return jnp.abs(b - matvec(matrix, x)) - limit * terms <= 0
+    terms = _row_sums(jnp.abs(matrix), sizes + rounding) + jnp.abs(b)
+    return jnp.abs(b - _row_sums(matrix, x)) - limit * terms <= 0
+
+
+def _row_sums(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
+    # As sums it compiles faster than as a product, and is fused with what reads it.
+    return jnp.sum(matrix * x[None, :], axis=1)
 
 
 @custom_vmap
