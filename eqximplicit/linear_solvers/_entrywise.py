@@ -23,6 +23,7 @@ from jaxtyping import Array
 from .._custom_types import PyTree, ShapeDtypeStruct
 from ._closed_form import Scalars
 from ._moves import Equation, moved, MOVES
+from ._small import entries
 
 # A NumPy array of scalars for one with few entries, else a JAX array.
 Value: TypeAlias = Any
@@ -60,8 +61,8 @@ def entrywise(
     def evaluate(scalars: Scalars) -> tuple[Scalars, Any]:
         found = _evaluate(closed.jaxpr, consts, _by_leaf(scalars, leaves))
         out, aux = jtu.tree_unflatten(treedef, map(_Held, found))
-        entries = [x for held in jtu.tree_leaves(out) for x in _entries(held.value)]
-        return entries, jtu.tree_map(lambda held: _together(held.value), aux)
+        numbers = [x for held in jtu.tree_leaves(out) for x in _entries(held.value)]
+        return numbers, jtu.tree_map(lambda held: _together(held.value), aux)
 
     return evaluate
 
@@ -91,7 +92,8 @@ def _by_leaf(scalars: Scalars, leaves: Sequence[Any]) -> list[Value]:
     values, start = list[Value](), 0
     for leaf in leaves:
         stop = start + math.prod(leaf.shape)
-        values.append(_objects(scalars[start:stop], leaf.shape))
+        few = _objects(scalars[start:stop], leaf.shape)
+        values.append(few if few.size else jnp.zeros(leaf.shape, leaf.dtype))
         start = stop
     return values
 
@@ -131,8 +133,9 @@ def _together(value: Value) -> Array:
 
 
 def _entries(value: Value) -> Scalars:
-    apart = value if isinstance(value, np.ndarray) else _apart(value)
-    return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in apart.flat]
+    if isinstance(value, jax.Array):
+        return entries(value)
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in value.flat]
 
 
 def _evaluate(
