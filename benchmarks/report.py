@@ -321,8 +321,8 @@ the same loop for a solver and the same linear solver, so that only the rule is 
 it is NaN where the derivative is not to be trusted, so it measures what the linear
 solver answers, and whether elimination has met a singular matrix, none of which the
 rule by hand looks at.
-`{MATCHED}` and `{MATCHED_LU}` have optimistix's loop instead, whose step is one
-kernel more, and whose claim to have converged is held against the value."""
+`{MATCHED}` and `{MATCHED_LU}` have optimistix's loop instead, whose
+claim to have converged is held against the value."""
 
 FIRST_CALL = """\
 ## Paying less for the first call

@@ -260,8 +260,9 @@ def _unset(flags: Bool[Array, "..."]) -> Float[Array, "..."]:
 
 def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
     def leaf(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
-        few = flags.ndim == 1 and is_few(_unset(flags), 0)
-        return every(flags) if few else jnp.all(flags)
+        unset = _unset(flags)
+        few = unset.ndim == 1 and is_few(unset, 0)
+        return largest(unset) == 0 if few else jnp.all(flags)
 
     return functools.reduce(lax.bitwise_and, map(leaf, leaves))
 

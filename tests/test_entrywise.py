@@ -62,6 +62,10 @@ FUNCTIONS = {
     "relu": lambda y: jax.nn.relu(y - y[1]) + y,
     "index": indexed,
     "shapes": shaped,
+    "reshape in another order": lambda y: jax.lax.reshape(
+        y[:, None] * jnp.cos(y)[None], (9,), dimensions=(1, 0)
+    )[1:4],
+    "largest": lambda y: y + jax.lax.top_k(y, 1)[0],
     "order": lambda y: jnp.cumsum(jnp.sort(y)) + y,
     "many entries": lambda y: y * jnp.mean(jnp.exp(-NODES.astype(y.dtype) * y[2])),
     "complex on the way": lambda y: jnp.abs(jnp.exp(jax.lax.complex(y, y**2))),
@@ -111,11 +115,9 @@ def test_long_functions_and_loops_stay_as_they_are(name):
 
 
 def test_pytrees_keep_the_order_of_their_entries():
-    struct = {
-        "a": jax.ShapeDtypeStruct((), float),
-        "b": jax.ShapeDtypeStruct((2,), float),
-    }
-    fn = lambda y: ((y["b"] * y["a"], -y["a"]), {"n": y["b"] + 1})
+    like = {"a": jnp.array(0.0), "b": jnp.zeros(2), "c": jnp.zeros((0, 2))}
+    struct = jax.eval_shape(lambda: like)
+    fn = lambda y: ((y["b"] * y["a"], 2 * y["c"], -y["a"]), {"n": y["b"] + 1})
     scalars, aux = entrywise(fn, struct)([jnp.array(v) for v in (2.0, 3.0, 5.0)])
     assert [float(x) for x in scalars] == [6.0, 10.0, -2.0]
     assert aux["n"].tolist() == [4.0, 6.0]

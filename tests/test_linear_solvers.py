@@ -860,7 +860,6 @@ def test_least_norm_in_reverse_asks_whether_parameters_leave_a_solution(num_node
     for slope in (outside, forward, bare):
         np.testing.assert_allclose(slope, exact, atol=1e-10)
     # Here the condition sees that there is a solution whatever the parameters are.
-    potentials, inverse = on_a_ring(num_nodes, LeastNorm())
     root = eqi.Root(lambda y, f: y - jnp.mean(y) - (f - jnp.mean(f)))
     centre = lambda f: eqi.implicit_solution(
         root, centred(f), f, linear_solver=LeastNorm()
@@ -892,7 +891,7 @@ def test_elimination_does_not_depend_on_the_scale_of_rows_and_columns(n, dtype):
 
 
 def sparse_draws(n, count):
-    """Regular matrices with few entries, each -1, 1 or 2, beside ones they have not."""
+    """Regular matrices, of which most entries are zero."""
     draw, found = np.random.default_rng(n), []
     while len(found) < count:
         entries = draw.choice([-1.0, 1.0, 2.0, 0.3], size=(n, n))

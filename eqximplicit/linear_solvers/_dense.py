@@ -71,7 +71,12 @@ def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) ->
     check_bytes(rows, cols, itemsize.itemsize, max_bytes, who)
 
 
+def row_sums(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
+    """A product that is fused with what it reads and with what reads it."""
+    return jnp.sum(matrix * x[None, :], axis=1)
+
+
 def matvec(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
     if matrix.shape[0] <= FEW:  # elementwise, so that a batch of them is one loop
-        return jnp.sum(matrix * x[None, :], axis=1)
+        return row_sums(matrix, x)
     return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)

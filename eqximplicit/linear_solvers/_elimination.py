@@ -18,8 +18,8 @@ from ._residual import epsilon
 class Carried(eqx.Module):
     """`steps A = U`: few rows, on which elimination carries the identity along.
 
-    To multiply by its steps is cheap for these, and quicker to compile and to run than
-    exchanging rows one after the other.
+    To multiply by its steps compiles faster than to exchange rows one after the other,
+    and costs little for these.
     """
 
     upper: Float[Array, "n n"]

@@ -33,7 +33,10 @@ def moved(eqn: Equation, operands: Sequence[Any]) -> Any:
         for size, axis in zip(first.shape, p["broadcast_dimensions"], strict=True):
             wide[axis] = size
         return np.broadcast_to(first.reshape(wide), shape)
-    return first.reshape(shape)  # reshape, squeeze, expand_dims
+    # reshape, squeeze, expand_dims
+    if name == "reshape" and p["dimensions"] is not None:
+        first = first.transpose(p["dimensions"])
+    return first.reshape(shape)
 
 
 def _pad(operand: Any, fill: Any, config: Any) -> Any:

@@ -105,8 +105,6 @@ def _labels(eqn: Equation, ins: list[Traced]) -> tuple[list[np.ndarray], Any]:
 
 
 def _moving(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
-    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
-        raise UnknownPrimitive("reshape with dimensions")
     ids, stacked = _labels(eqn, ins)
     return _take_rows(stacked, moved(eqn, ids), limit)
 

@@ -21,6 +21,7 @@ from ._dense import (
     MAX_BYTES,
     NOISE,
     residual_limit,
+    row_sums,
     singular_below,
 )
 from ._elimination import Carried, eliminated, Exchanged
@@ -38,13 +39,8 @@ def _is_exact(
     eps, sizes = epsilon(b), jnp.abs(x)
     limit = residual_limit(eps)
     rounding = NOISE * x.size * eps / limit * jnp.max(sizes)
-    terms = _row_sums(jnp.abs(matrix), sizes + rounding) + jnp.abs(b)
-    return jnp.abs(b - _row_sums(matrix, x)) - limit * terms <= 0
-
-
-def _row_sums(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
-    # As sums it compiles faster than as a product, and is fused with what reads it.
-    return jnp.sum(matrix * x[None, :], axis=1)
+    terms = row_sums(jnp.abs(matrix), sizes + rounding) + jnp.abs(b)
+    return jnp.abs(b - row_sums(matrix, x)) - limit * terms <= 0
 
 
 @custom_vmap
