@@ -1,13 +1,14 @@
 """Sums and maxima, of few entries without a reduction of the compiler's own.
 
-XLA lays out the scratch of each reduction of a program in every call of it, in branches
-that are not taken as well, and makes three kernels of one over more than 32 entries. On
-one device, few entries are added up one by one, and some hundred in two stages, which
-is for the body of a loop. Over several devices that would gather them, so the choice is
-the lowering's.
+For a CPU XLA makes three kernels of a reduction over more than 32 entries, and lays out
+the scratch of each reduction of a program in every call of it, in branches that are not
+taken as well. On one device, up to 16 entries are taken one by one, and some thousand
+in stages of 32, which XLA makes one kernel of. Over several devices that would gather
+them, so the choice is the lowering's.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +18,26 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact
 
 from ._placement import is_for_one_device
 
-# Entries that are taken one by one, and those that XLA reduces in one kernel.
-_FEW, _KERNEL = 16, 32
-_OPS: dict[str, Callable[[Array, Array], Array]] = {"sum": lax.add, "max": lax.max}
+# Entries that are taken one by one; that XLA reduces in one kernel; and from how many
+# on it calls a library for them, be they of one reduction or of many lanes.
+_FEW, _KERNEL, _MANY = 16, 32, 4096
+_OPS: dict[str, Callable[[Array, Array], Array]] = {
+    "sum": lax.add,
+    "max": lax.max,
+    "or": lax.bitwise_or,
+}
 _REDUCTIONS: dict[str, Callable[..., Array]] = {
     "sum": jnp.sum,
     "max": functools.partial(jnp.max, initial=0),
+    "or": lambda x, axis: lax.reduce_or(x, axis),
 }
+# Where every second stage starts from: XLA joins two that start from the same. The rest
+# start as JAX does. No flag has that bit.
+_STARTS = {"sum": -0.0, "max": 0.0, "or": 1 << 30}
 Axis = int | Sequence[int] | None
 
 _reduce_p = Primitive("reduce_few")
@@ -43,43 +53,87 @@ def largest(x: Float[Array, "..."], axis: Axis = None) -> Float[Array, "..."]:
     return _reduced(x, "max", axis)
 
 
-def is_few(x: Array, axis: int, most: int = _FEW) -> bool:
+def anywhere(*flags: Bool[Array, "..."]) -> list[Bool[Array, ""]]:
+    """Which of some flags of one shape are set in any entry: one reduction for all."""
+    bits = [lax.full_like(flags[0], 1 << k, jnp.int32) for k in range(len(flags))]
+    codes = [
+        lax.select(flag, bit, lax.full_like(bit, 0))
+        for flag, bit in zip(flags, bits, strict=True)
+    ]
+    found = _reduced(functools.reduce(lax.bitwise_or, codes), "or", None)
+    return [lax.bitwise_and(found, jnp.int32(1 << k)) != 0 for k in range(len(flags))]
+
+
+def is_few(x: Array) -> bool:
+    """Whether a reduction of `x` takes its entries one by one."""
+    return _is_known(x, _axes(x, None), _FEW)
+
+
+def is_staged(x: Array) -> bool:
+    """Whether a reduction of `x` has stages, unless there are many lanes of it."""
+    axes = _axes(x, None)
+    return _is_known(x, axes, _MANY) and not _is_known(x, axes, _KERNEL)
+
+
+def _is_known(x: Array, axes: tuple[int, ...], most: int) -> bool:
     """Whether so few, of full precision, and of a type that says nothing of devices."""
-    size: Any = x.shape[axis]  # may be symbolic
+    count: Any = math.prod(x.shape[i] for i in axes)  # may be symbolic
     # Of lower precision, JAX adds up in float32.
-    wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32
+    wide = not jnp.issubdtype(x.dtype, jnp.complexfloating) and x.dtype.itemsize >= 4
     sharding = getattr(getattr(x, "aval", None), "sharding", None)
-    anywhere = all(part is None for part in getattr(sharding, "spec", ()))
-    few = isinstance(size, int) and 0 < size <= most
-    return few and wide and anywhere
+    elsewhere = any(part is not None for part in getattr(sharding, "spec", ()))
+    return isinstance(count, int) and 0 < count <= most and wide and not elsewhere
+
+
+def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
+    wanted = range(x.ndim) if axis is None else axis
+    return (wanted,) if isinstance(wanted, int) else tuple(wanted)
 
 
 def _reduced(x: Array, kind: str, axis: Axis) -> Array:
-    wanted = range(x.ndim) if axis is None else axis
-    axes = (wanted,) if isinstance(wanted, int) else tuple(wanted)
-    if not axes:
-        return x
-    if len(axes) == 1 and is_few(x, axes[0], _FEW * _KERNEL):
-        return _reduce_p.bind(x, kind=kind, axis=axes[0])
+    axes = _axes(x, axis)
+    if axes and _is_known(x, axes, _MANY):
+        return _reduce_p.bind(x, kind=kind, axes=axes)
+    return _directly(x, kind, axes) if axes else x
+
+
+def _directly(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
     return _REDUCTIONS[kind](x, axis=axes)
 
 
-def _directly(x: Array, kind: str, axis: int) -> Array:
-    return _REDUCTIONS[kind](x, axis=axis)
-
-
-def _in_stages(x: Array, kind: str, axis: int) -> Array:
-    size = x.shape[axis]
-    if size > _FEW:
-        parts = -(-size // _KERNEL)
-        x = _folded(x, axis, parts, -(-size // parts))
-        x = _directly(x, kind, axis + 1)
+def _one_by_one(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
+    x, axis = _joined(x, axes)
     rows = [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
     return functools.reduce(_OPS[kind], rows)
 
 
-def _folded(x: Array, axis: int, rows: int, columns: int) -> Array:
+def _in_stages(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
+    x, axis = _joined(x, axes)
+    stage, other = _directly, _apart
+    while (size := x.shape[axis]) > _KERNEL:
+        # Few columns, which the compiler takes one by one, in a loop over the rows.
+        columns = min(-(-size // _KERNEL), _KERNEL)
+        x = stage(_folded(x, axis, columns), kind, (axis + 1,))
+        stage, other = other, stage
+    return stage(x, kind, (axis,))
+
+
+def _apart(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
+    """The same as a reduction that XLA does not join with the one before."""
+    start = lax.full_like(x, _STARTS[kind], shape=())
+    return lax.reduce(x, start, lambda a, b: _OPS[kind](a, b), axes)
+
+
+def _joined(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
+    """Axes beside each other as one, and which that is."""
+    shape, first = x.shape, min(axes)
+    joined = (*shape[:first], -1, *shape[first + len(axes) :])
+    return (x if len(axes) == 1 else jnp.reshape(x, joined)), first
+
+
+def _folded(x: Array, axis: int, columns: int) -> Array:
     """One axis as two, with zeros at its end."""
+    rows = -(-x.shape[axis] // columns)
     missing = rows * columns - x.shape[axis]
     if missing:
         padding = [(0, missing if i == axis else 0, 0) for i in range(x.ndim)]
@@ -87,37 +141,50 @@ def _folded(x: Array, axis: int, rows: int, columns: int) -> Array:
     return lax.reshape(x, (*x.shape[:axis], rows, columns, *x.shape[axis + 1 :]))
 
 
-def _lowered(ctx: Any, x: Any, *, kind: str, axis: int) -> Any:
-    chosen = _in_stages if is_for_one_device(ctx) else _directly
-    fn = functools.partial(chosen, kind=kind, axis=axis)
+def _lowered(ctx: Any, x: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
+    fn = functools.partial(_chosen(ctx, kind, axes), kind=kind, axes=axes)
     return mlir.lower_fun(fn, multiple_results=False)(ctx, x)
 
 
-def _abstract(x: Any, *, kind: str, axis: int) -> ShapedArray:
+def _chosen(ctx: Any, kind: str, axes: tuple[int, ...]) -> Callable[..., Array]:
+    shape = ctx.avals_in[0].shape
+    count = math.prod(shape[i] for i in axes)
+    apart = max(axes) - min(axes) >= len(axes)
+    if apart or not is_for_one_device(ctx):
+        return _directly
+    if count <= _FEW and kind != "or":
+        return _one_by_one
+    on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
+    staged = on_cpu and count > _KERNEL and math.prod(shape) < _MANY
+    return _in_stages if staged else _directly
+
+
+def _abstract(x: Any, *, kind: str, axes: tuple[int, ...]) -> ShapedArray:
     del kind
-    return ShapedArray((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+    kept = [n for i, n in enumerate(x.shape) if i not in axes]
+    return ShapedArray(tuple(kept), x.dtype)
 
 
-def _jvp(primals: Any, tangents: Any, *, kind: str, axis: int) -> Any:
-    fn = functools.partial(_directly, kind=kind, axis=axis)
+def _jvp(primals: Any, tangents: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
+    fn = functools.partial(_directly, kind=kind, axes=axes)
     return jax.jvp(fn, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose(ct: Any, x: Any, *, kind: str, axis: int) -> Any:
+def _transpose(ct: Any, x: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
     assert kind == "sum"
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval)]
-    kept = [i for i in range(len(x.aval.shape)) if i != axis]
+    kept = [i for i in range(len(x.aval.shape)) if i not in axes]
     return [lax.broadcast_in_dim(ct, x.aval.shape, kept)]
 
 
-def _batch(args: Any, dims: Any, *, kind: str, axis: int) -> Any:
+def _batch(args: Any, dims: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
     (x,), (lane,) = args, dims
-    shifted = axis + (lane <= axis)
-    return _reduced(x, kind, shifted), lane - (lane > shifted)
+    shifted = tuple(axis + (lane <= axis) for axis in axes)
+    return _reduced(x, kind, shifted), lane - sum(axis < lane for axis in shifted)
 
 
-_reduce_p.def_impl(_in_stages)
+_reduce_p.def_impl(_directly)
 _reduce_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[_reduce_p] = _jvp
 ad.primitive_transposes[_reduce_p] = _transpose

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree, ShapeDtypeStruct
-from ._reduce import is_few, largest
+from ._reduce import largest
 
 T = TypeVar("T")
 _Struct = jax.ShapeDtypeStruct | Array
@@ -259,12 +259,7 @@ def _unset(flags: Bool[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
-    def leaf(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
-        unset = _unset(flags)
-        few = unset.ndim == 1 and is_few(unset, 0)
-        return largest(unset) == 0 if few else jnp.all(flags)
-
-    return functools.reduce(lax.bitwise_and, map(leaf, leaves))
+    return functools.reduce(lax.bitwise_and, map(every, leaves))
 
 
 def nonzero_and_finite(

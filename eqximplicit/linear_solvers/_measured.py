@@ -77,7 +77,7 @@ def measured(
     residual_norm = lax.sqrt(lax.select(bb == 0, lax.full_like(rr, 0), rr))
     stats = {"residual_norm": residual_norm, **stats}
     good = within(rr, bb, rtol, atol)
-    return judged(x, bb, good, regular, failure=failure, **stats)
+    return judged(x, *_of_square(bb), good, regular, failure=failure, **stats)
 
 
 def approximate(
@@ -92,20 +92,26 @@ def approximate(
 
     That of a solver which is inexact by design, or has been measured before.
     """
-    bb, good = dot(vector, vector), jnp.isfinite(max_abs(x))
-    return judged(x, bb, good, regular, residual_norm=residual_norm, **stats)
+    asked, finite = _of_square(dot(vector, vector))
+    good = jnp.isfinite(max_abs(x))
+    return judged(x, asked, finite, good, regular, residual_norm=residual_norm, **stats)
+
+
+def _of_square(bb: Float[Array, ""]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether a vector is not zero, and whether it is finite."""
+    return lax.ne(bb, lax.full_like(bb, 0)), lax.is_finite(bb)
 
 
 def judged(
     x: PyTree[Array],
-    bb: Float[Array, ""],
+    asked: Bool[Array, ""],
+    finite: Bool[Array, ""],
     good: Bool[Array, ""],
     regular: Bool[Array, ""] | None,
     *,
     failure: lx.RESULTS = lx.RESULTS.singular,
     **stats: Any,
 ) -> Measured:
-    asked, finite = lax.ne(bb, lax.full_like(bb, 0)), lax.is_finite(bb)
     good = lax.bitwise_and(lax.bitwise_or(good, lax.bitwise_not(asked)), finite)
     result = failure
     if regular is not None:

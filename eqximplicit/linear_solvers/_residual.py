@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
-from .._reduce import is_few, total
+from .._reduce import is_few, is_staged, total
 from .._state import num_entries
 
 T = TypeVar("T")
@@ -46,29 +46,26 @@ def dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
 
 
 def _leaf_dot(a: Array, b: Array) -> Float[Array, ""]:
+    if is_staged(a):
+        return total(lax.mul(a, b))
     every = tuple(range(a.ndim))
     dimensions = ((every, every), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST)
 
 
 def inner(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
-    """`dot`, for many small lanes: few entries are added one by one."""
+    """`dot`, for many small lanes or a loop: few entries are added one by one."""
 
     def leaf(a: Array, b: Array) -> Float[Array, ""]:
-        few = a.ndim == 1 and is_few(a, 0)
-        return total(lax.mul(a, b)) if few else _leaf_dot(a, b)
+        return total(lax.mul(a, b)) if is_few(a) else _leaf_dot(a, b)
 
     terms = map(leaf, jtu.tree_leaves(x), jtu.tree_leaves(y))
     return functools.reduce(lax.add, terms)
 
 
 def square(x: PyTree[Array]) -> Float[Array, ""]:
-    """The square of the norm, for the body of a small loop: see `_reduce.py`."""
-
-    def leaf(a: Array) -> Float[Array, ""]:
-        return total(lax.mul(a, a)) if a.ndim == 1 else _leaf_dot(a, a)
-
-    return functools.reduce(lax.add, map(leaf, jtu.tree_leaves(x)))
+    """The square of the norm, for many small lanes or a loop."""
+    return inner(x, x)
 
 
 def norm(x: PyTree[Array]) -> Float[Array, ""]:

@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
+from .._reduce import anywhere, largest
 from ._dense import (
     check_fits,
     materialised,
@@ -26,7 +27,7 @@ from ._dense import (
 )
 from ._elimination import Carried, eliminated, Exchanged
 from ._measured import AbstractMeasuredSolver, judged, Measured, measured
-from ._residual import dot, epsilon, even, norm, structure
+from ._residual import epsilon, even, norm, structure
 from ._small import LARGEST, small_solution, small_state, SmallState
 
 
@@ -38,7 +39,7 @@ def _is_exact(
     # Each row multiplies all of `x`: where that is not finite, nor is any difference.
     eps, sizes = epsilon(b), jnp.abs(x)
     limit = residual_limit(eps)
-    rounding = NOISE * x.size * eps / limit * jnp.max(sizes)
+    rounding = NOISE * x.size * eps / limit * largest(sizes)
     terms = row_sums(jnp.abs(matrix), sizes + rounding) + jnp.abs(b)
     return jnp.abs(b - row_sums(matrix, x)) - limit * terms <= 0
 
@@ -136,8 +137,11 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
         x = solve(b)
         left = norm(b - matvec(matrix, x))
         *spokesman, heard = _spokesman(matrix, x, b)
-        good = jnp.all(state.sound & _is_exact(matrix, *spokesman)) & heard
-        return judged(unravel(x), dot(b, b), good, good, residual_norm=left)
+        sound = state.sound & _is_exact(matrix, *spokesman)
+        wrong, asked, endless = anywhere(~sound, b != 0, ~jnp.isfinite(b))
+        good = ~wrong & heard
+        x = unravel(x)
+        return judged(x, asked, ~endless, good, good, residual_norm=left)
 
     def transpose(
         self, state: LUState | SmallState, options: dict[str, Any]
