@@ -155,7 +155,8 @@ def _chosen(ctx: Any, kind: str, axes: tuple[int, ...]) -> Callable[..., Array]:
     if count <= _FEW and kind != "or":
         return _one_by_one
     on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
-    staged = on_cpu and count > _KERNEL and math.prod(shape) < _MANY
+    by_library = math.prod(shape) >= _MANY and kind != "or"
+    staged = on_cpu and count > _KERNEL and not by_library
     return _in_stages if staged else _directly
 
 

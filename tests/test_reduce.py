@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqximplicit._reduce import largest, total
+from eqximplicit._reduce import anywhere, largest, total
 from eqximplicit._state import every, peak
 
-SHAPES = [(), (0,), (1,), (3,), (16,), (17,), (5, 3), (3, 40), (2, 3, 4)]
+SHAPES = [
+    *[(), (0,), (1,), (3,), (16,), (17,), (33,), (1000,), (1025,), (4095,), (5000,)],
+    *[(5, 3), (3, 40), (40, 3), (2, 3, 4), (2, 50, 40), (3, 2000)],
+]
 DRAW = np.random.default_rng(3)
 
 
@@ -24,7 +27,8 @@ def test_sum_and_maximum(shape, dtype):
     exact = np.asarray(x, np.float64)
     rtol = 1e-2 if dtype == "bfloat16" else 1e-5
     for axis in axes_of(shape):
-        found, top = total(x, axis), largest(jnp.abs(x), axis)
+        both = lambda x, axis=axis: (total(x, axis), largest(jnp.abs(x), axis))
+        found, top = jax.jit(both)(x)
         assert found.dtype == top.dtype == x.dtype
         np.testing.assert_allclose(
             np.asarray(found, np.float64), exact.sum(axis=axis), rtol, atol=rtol
@@ -34,7 +38,7 @@ def test_sum_and_maximum(shape, dtype):
         )
 
 
-@pytest.mark.parametrize("n", [1, 5, 16, 17, 5000])
+@pytest.mark.parametrize("n", [1, 5, 16, 17, 100, 1000, 4095, 5000])
 def test_one_entry_that_is_not_finite_is_seen_wherever_it_is(n):
     for value in (np.nan, np.inf, -np.inf):
         for place in (0, n // 2, n - 1):
@@ -56,3 +60,25 @@ def test_derivatives_and_lanes():
     second = jax.vmap(lambda x: total(x, 0), in_axes=1, out_axes=1)
     cube = jnp.asarray(DRAW.normal(size=(3, 4, 5)))
     np.testing.assert_allclose(second(cube), np.asarray(cube).sum(0).T)
+
+
+@pytest.mark.parametrize("n", [1, 16, 32, 33, 100, 4095, 5000])
+def test_flags_that_are_set_anywhere(n):
+    flags = lambda *places: jnp.zeros(n, bool).at[jnp.array(places, int)].set(True)
+    found = jax.jit(anywhere)(flags(), flags(0), flags(n - 1), flags(n // 2, 0))
+    assert [bool(x) for x in found] == [False, True, True, True]
+    rows = jnp.stack([flags(), flags(n // 3)])
+    (first, second) = jax.jit(jax.vmap(anywhere))(rows, ~rows)
+    np.testing.assert_array_equal(first, [False, True])
+    np.testing.assert_array_equal(second, [True, n > 1])
+
+
+@pytest.mark.parametrize("n", [33, 100, 1000, 4095])
+def test_one_kernel_where_the_compiler_makes_three(n):
+    def windows(fn):
+        program = jax.jit(fn).lower(jnp.ones(n)).compile().as_text()
+        return program.count(" reduce-window(")
+
+    assert windows(jnp.sum) >= 1  # else there is no need for `_reduce.py`
+    assert windows(total) == windows(peak) == 0
+    assert windows(lambda x: anywhere(x > 0, x < 0)) == 0
