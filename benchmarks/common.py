@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import optimistix as optx
 
 import eqximplicit as eqi
 
@@ -36,6 +37,8 @@ OWN = "eqximplicit, loop by hand"
 # All of them again, with elimination by lineax.
 MATCHED_LU, SAME_LU = "eqximplicit, lx.LU", "rule by hand, lx.LU"
 OWN_LU = "eqximplicit, loop by hand, lx.LU"
+# The rule by hand around the solver of optimistix that `MATCHED` has.
+SOLVER, SOLVER_LU = "rule by hand, optimistix", "rule by hand, optimistix, lx.LU"
 
 
 class Workload(NamedTuple):
@@ -127,13 +130,25 @@ def lineax_adjoint(solver: lx.AbstractLinearSolver[Any]) -> Callable[..., Any]:
     return solve
 
 
+def by_optimistix(fn: Callable[[Any, Any], Any], y0: Any, tol: float) -> Solve:
+    """The loop of optimistix instead of one by hand."""
+    solver = optx.FixedPointIteration(rtol=tol, atol=tol)
+    return lambda theta: optx.fixed_point(fn, solver, y0, theta, throw=False).value
+
+
 def fixed_point_by_hand(
-    fn: Callable[[Any, Any], Any], y0: Any, tol: float, adjoint: Callable[..., Any]
+    fn: Callable[[Any, Any], Any],
+    y0: Any,
+    tol: float,
+    adjoint: Callable[..., Any],
+    loop: Solve | None = None,
 ) -> Solve:
-    """A fixed point with a handwritten `custom_vjp`."""
+    """A fixed point with a handwritten `custom_vjp`, and `loop` or a loop by hand."""
 
     @jax.custom_vjp
     def solve(theta: Any) -> Any:
+        if loop is not None:
+            return loop(theta)
         return picard(lambda y: fn(y, theta), y0, tol)
 
     def forward(theta: Any) -> Any:

@@ -19,6 +19,7 @@ import sparse
 from common import (
     around_loop,
     BY_HAND,
+    by_optimistix,
     dense_adjoint,
     fixed_point_by_hand,
     jaxopt,
@@ -35,6 +36,8 @@ from common import (
     SAME,
     SAME_LU,
     Solve,
+    SOLVER,
+    SOLVER_LU,
     sum_of_squares,
     unrolled,
     value_and_grad,
@@ -99,6 +102,7 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
         MATCHED: layer_call(matched, z0),
         BY_HAND: by_hand(picard_adjoint(adjoint_rtol)),
         SAME: by_hand(lineax_adjoint(neumann)),
+        SOLVER: by_hand(lineax_adjoint(neumann), by_optimistix(tanh_cell, z0, tol)),
         OWN: around_loop(tanh_cell, z0, tol, neumann),
         "optimistix, GMRES": tanh_optimistix(
             tol, z0, lx.GMRES(rtol=adjoint_rtol, atol=adjoint_rtol)
@@ -113,7 +117,8 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
         elimination = eqi.ImplicitAdjoint(lx.LU())
         layer = eqi.ImplicitFunction(condition, plain, elimination, throw=False)
         solves[MATCHED_LU] = layer_call(layer, z0)
-        solves[SAME_LU] = by_hand(lineax_adjoint(lx.LU()))
+        rule, loop = lineax_adjoint(lx.LU()), by_optimistix(tanh_cell, z0, tol)
+        solves[SAME_LU], solves[SOLVER_LU] = by_hand(rule), by_hand(rule, loop)
         solves[OWN_LU] = around_loop(tanh_cell, z0, tol, lx.LU())
     if z0.ndim == 1:
         solves["optimistix"] = tanh_optimistix(
@@ -279,14 +284,18 @@ def pair() -> Workload:
         return layer_call(solved, x0)
 
     by_hand = functools.partial(fixed_point_by_hand, pair_map, x0, tol)
+    rule, rule_lu = map(lineax_adjoint, (eqi.AutoLinearSolver(), lx.LU()))
+    loop = by_optimistix(pair_map, x0, tol)
     solves = {
         OURS: layer(eqi.AutoFixedPoint(rtol=tol, atol=tol)),
         MATCHED: layer(plain),
         BY_HAND: by_hand(pair_adjoint),
-        SAME: by_hand(lineax_adjoint(eqi.AutoLinearSolver())),
+        SAME: by_hand(rule),
+        SOLVER: by_hand(rule, loop),
         OWN: around_loop(pair_map, x0, tol, eqi.AutoLinearSolver()),
         MATCHED_LU: layer(plain, lx.LU()),
-        SAME_LU: by_hand(lineax_adjoint(lx.LU())),
+        SAME_LU: by_hand(rule_lu),
+        SOLVER_LU: by_hand(rule_lu, loop),
         OWN_LU: around_loop(pair_map, x0, tol, lx.LU()),
         "optimistix": optimistix,
         "jaxopt": with_jaxopt,

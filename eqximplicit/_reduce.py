@@ -36,8 +36,9 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
     "or": lambda x, axis: lax.reduce_or(x, axis),
 }
 # Where every second stage starts from: XLA joins two that start from the same. The rest
-# start as JAX does. No flag has that bit.
+# start as JAX does. No flag has that bit: there are at most so many.
 _STARTS = {"sum": -0.0, "max": 0.0, "or": 1 << 30}
+_FLAGS = 3
 Axis = int | Sequence[int] | None
 
 _reduce_p = Primitive("reduce_few")
@@ -55,13 +56,15 @@ def largest(x: Float[Array, "..."], axis: Axis = None) -> Float[Array, "..."]:
 
 def anywhere(*flags: Bool[Array, "..."]) -> list[Bool[Array, ""]]:
     """Which of some flags of one shape are set in any entry: one reduction for all."""
+    assert len(flags) <= _FLAGS
     bits = [lax.full_like(flags[0], 1 << k, jnp.int32) for k in range(len(flags))]
     codes = [
         lax.select(flag, bit, lax.full_like(bit, 0))
         for flag, bit in zip(flags, bits, strict=True)
     ]
     found = _reduced(functools.reduce(lax.bitwise_or, codes), "or", None)
-    return [lax.bitwise_and(found, jnp.int32(1 << k)) != 0 for k in range(len(flags))]
+    bits = [lax.full_like(found, 1 << k) for k in range(len(flags))]
+    return [lax.eq(lax.bitwise_and(found, bit), bit) for bit in bits]
 
 
 def is_few(x: Array) -> bool:
@@ -87,14 +90,24 @@ def _is_known(x: Array, axes: tuple[int, ...], most: int) -> bool:
 
 def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
     wanted = range(x.ndim) if axis is None else axis
-    return (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    return tuple(i % x.ndim for i in ((wanted,) if isinstance(wanted, int) else wanted))
 
 
 def _reduced(x: Array, kind: str, axis: Axis) -> Array:
     axes = _axes(x, axis)
     if axes and _is_known(x, axes, _MANY):
         return _reduce_p.bind(x, kind=kind, axes=axes)
-    return _directly(x, kind, axes) if axes else x
+    return _on_devices(x, kind, axes) if axes else x
+
+
+def _on_devices(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
+    """On any number of devices, which agree by `or` on booleans only."""
+    if kind != "or":
+        return _directly(x, kind, axes)
+    bits = [lax.full_like(x, 1 << k, shape=()) for k in range(_FLAGS)]
+    found = [jnp.any(lax.bitwise_and(x, bit) != 0, axis=axes) for bit in bits]
+    codes = [jnp.where(f, bit, 0) for f, bit in zip(found, bits, strict=True)]
+    return functools.reduce(lax.bitwise_or, codes)
 
 
 def _directly(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
@@ -127,8 +140,8 @@ def _apart(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
 def _joined(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
     """Axes beside each other as one, and which that is."""
     shape, first = x.shape, min(axes)
-    joined = (*shape[:first], -1, *shape[first + len(axes) :])
-    return (x if len(axes) == 1 else jnp.reshape(x, joined)), first
+    count = math.prod(shape[i] for i in axes)
+    return lax.reshape(x, (*shape[:first], count, *shape[first + len(axes) :])), first
 
 
 def _folded(x: Array, axis: int, columns: int) -> Array:
@@ -149,13 +162,15 @@ def _lowered(ctx: Any, x: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
 def _chosen(ctx: Any, kind: str, axes: tuple[int, ...]) -> Callable[..., Array]:
     shape = ctx.avals_in[0].shape
     count = math.prod(shape[i] for i in axes)
-    apart = max(axes) - min(axes) >= len(axes)
-    if apart or not is_for_one_device(ctx):
+    if not is_for_one_device(ctx):
+        return _on_devices
+    if max(axes) - min(axes) >= len(axes):
         return _directly
     if count <= _FEW and kind != "or":
         return _one_by_one
     on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
-    by_library = math.prod(shape) >= _MANY and kind != "or"
+    whole: Any = math.prod(shape)  # may be symbolic
+    by_library = kind != "or" and not (isinstance(whole, int) and whole < _MANY)
     staged = on_cpu and count > _KERNEL and not by_library
     return _in_stages if staged else _directly
 

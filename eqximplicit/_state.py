@@ -250,12 +250,13 @@ def every(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
 
     As a maximum: XLA makes one kernel of that for the CPU, and three of `jnp.all`.
     """
-    return largest(_unset(flags)) == 0
+    unset = largest(_unset(flags))
+    return lax.eq(unset, lax.full_like(unset, 0))
 
 
 def _unset(flags: Bool[Array, "..."]) -> Float[Array, "..."]:
-    zero = lax.full_like(flags, 0, jnp.float32)
-    return lax.select(flags, zero, zero + 1)
+    zero, one = (lax.full_like(flags, x, jnp.float32) for x in (0, 1))
+    return lax.select(flags, zero, one)
 
 
 def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:

@@ -247,7 +247,7 @@ def checked_mapping():
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
     def solve(x):
         layer = eqi.ImplicitFunction(
-            eqi.FixedPoint(lambda y, x: 0.5 * jnp.cos(y) + x), PICARD, throw=False
+            eqi.FixedPoint(lambda y, x: 0.5 * jnp.cos(y) + x), throw=False
         )
         return layer(jnp.zeros_like(x), x)
 

@@ -106,3 +106,20 @@ def test_derivative_does_not_depend_on_the_units_of_the_residual(n):
     np.testing.assert_allclose(
         slope, np.linalg.solve(jacobian.T, np.ones(n)), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 40])
+def test_squares_that_underflow_are_no_zeros_for_elimination(n):
+    x, v = np.linspace(-1, 1, n), np.cos(np.arange(n) + 0.3)
+    y = np.linalg.solve(np.eye(n) - weights(n), x)
+
+    def solution(x):
+        linear = eqi.Root(lambda y, x: y - jnp.asarray(weights(n)) @ y - x)
+        return eqi.implicit_solution(linear, y, x, linear_solver=eqi.DirectLU())
+
+    for small in (1e-200, 1e-160):
+        push = jax.jvp(solution, (x,), (small * v,))[1]
+        pull = jax.vjp(solution, x)[1](jnp.asarray(small * v))[0]
+        inverse = np.linalg.inv(np.eye(n) - weights(n))
+        np.testing.assert_allclose(push / small, inverse @ v, rtol=1e-10)
+        np.testing.assert_allclose(pull / small, inverse.T @ v, rtol=1e-10)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax import lax
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
@@ -73,10 +74,11 @@ def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) ->
 
 def row_sums(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
     """A product that is fused with what it reads and with what reads it."""
-    return jnp.sum(matrix * x[None, :], axis=1)
+    rows = lax.broadcast_in_dim(x, matrix.shape, (1,))
+    return lax.reduce_sum(lax.mul(matrix, rows), (1,))
 
 
 def matvec(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
     if matrix.shape[0] <= FEW:  # elementwise, so that a batch of them is one loop
         return row_sums(matrix, x)
-    return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(matrix, x, precision=lax.Precision.HIGHEST)

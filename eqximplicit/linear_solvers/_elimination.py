@@ -73,9 +73,13 @@ def _with_steps(matrix: Float[Array, "n n"]) -> tuple[Carried, Bool[Array, " n"]
 def _has_pivots(lu: Float[Array, "n n"]) -> Bool[Array, " n"]:
     # u_ii = a_ii - sum_k l_ik u_ki
     i, k = (lax.broadcasted_iota(jnp.int32, lu.shape, axis) for axis in (0, 1))
-    sizes, limit = jnp.abs(lu), singular_below(epsilon(lu))
-    diagonal = jnp.where(i == k, (1 - limit) * sizes, 0)
-    return jnp.sum(jnp.where(k < i, -limit * sizes * sizes.T, diagonal), axis=1) > 0
+    sizes, limit = lax.abs(lu), singular_below(epsilon(lu))
+    terms = lax.mul(sizes, lax.transpose(sizes, (1, 0)))
+    lost = lax.mul(terms, lax.full_like(terms, -limit))
+    left = lax.mul(sizes, lax.full_like(sizes, 1 - limit))
+    left = lax.select(lax.eq(i, k), left, lax.full_like(sizes, 0))
+    margin = lax.reduce_sum(lax.select(lax.lt(k, i), lost, left), (1,))
+    return lax.gt(margin, lax.full_like(margin, 0))
 
 
 def _triangle(

@@ -60,6 +60,7 @@ def measured(
     x: PyTree[Array],
     rr: Float[Array, ""],
     bb: Float[Array, ""],
+    asked: Bool[Array, ""] | None = None,
     *,
     rtol: Float[Array, ""] | float,
     atol: Float[Array, ""] | float = 0.0,
@@ -71,13 +72,16 @@ def measured(
 
     `rr` and `bb` are the squares of that and of `‖b‖`. It is good if
     `‖b - A x‖ <= rtol ‖b‖ + atol` in the Euclidean norm; a NaN on either side fails the
-    comparison. A zero `b` has the answer zero. If not `regular`, it has failed.
+    comparison. A zero `b` has the answer zero; where its square does not tell, `asked`
+    says whether it is another. If not `regular`, it has failed.
     """
     # Where `b` is zero, so is the answer, whatever `x` is.
     residual_norm = lax.sqrt(lax.select(bb == 0, lax.full_like(rr, 0), rr))
     stats = {"residual_norm": residual_norm, **stats}
     good = within(rr, bb, rtol, atol)
-    return judged(x, *_of_square(bb), good, regular, failure=failure, **stats)
+    nonzero, finite = _of_square(bb)
+    asked = nonzero if asked is None else asked
+    return judged(x, asked, finite, good, regular, failure=failure, **stats)
 
 
 def approximate(

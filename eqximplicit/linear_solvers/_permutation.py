@@ -37,9 +37,13 @@ def by_following(pivots: Int[Array, " n"], *, inverse: bool) -> Int[Array, " n"]
     start = jnp.arange(n, dtype=pivots.dtype)
 
     def follow(step: Any, at: Int[Array, " n"]) -> Int[Array, " n"]:
-        row = step if inverse else n - 1 - step
-        other = pivots.at[row].get(**_PERMUTATION)
-        return jnp.where(at == row, other, jnp.where(at == other, row, at))
+        row = lax.convert_element_type(step if inverse else n - 1 - step, at.dtype)
+        other = lax.dynamic_index_in_dim(
+            pivots, row, keepdims=False, allow_negative_indices=False
+        )
+        row, other = (lax.broadcast(x, at.shape) for x in (row, other))
+        back = lax.select(lax.eq(at, other), row, at)
+        return lax.select(lax.eq(at, row), other, back)
 
     return lax.fori_loop(jnp.zeros_like(start[0]), n, follow, start)
 

@@ -5,6 +5,7 @@ strided memory. These are scalars, and so one long vector each for a batch, and 
 but arithmetic: XLA makes a few loops of it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -95,11 +96,16 @@ class SmallState(eqx.Module):
 
 
 class SmallSolution(NamedTuple):
-    """The solution of a small system, with the squared norms that judge it."""
+    """The solution of a small system, and what judges it.
+
+    The squared norms of what is left and of the right-hand side, and whether that is
+    zero: its square may be, where it is not.
+    """
 
     x: PyTree[Array]
     rr: Float[Array, ""]
     bb: Float[Array, ""]
+    asked: Bool[Array, ""]
 
 
 def is_placed(struct: PyTree[ShapeDtypeStruct]) -> bool:
@@ -144,7 +150,9 @@ def small_solution(state: SmallState, vector: PyTree[Array]) -> SmallSolution:
     b = entries(vector)
     x = times(state.inverse, b)
     left = list(map(lax.sub, b, times(state.rows, x)))
-    return SmallSolution(from_entries(x, vector), square(left), square(b))
+    asked = [lax.ne(a, lax.full_like(a, 0)) for a in b]
+    asked = functools.reduce(lax.bitwise_or, asked)
+    return SmallSolution(from_entries(x, vector), square(left), square(b), asked)
 
 
 def dense(rows: Rows) -> Float[Array, "n n"]:

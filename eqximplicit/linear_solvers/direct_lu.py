@@ -37,11 +37,14 @@ def _is_exact(
     # Row by row, so that the scale of a row has no say. An entry of the solution may be
     # zero, and its row then nothing but rounding, which is relative to the largest one.
     # Each row multiplies all of `x`: where that is not finite, nor is any difference.
-    eps, sizes = epsilon(b), jnp.abs(x)
+    eps, sizes = epsilon(b), lax.abs(x)
     limit = residual_limit(eps)
-    rounding = NOISE * x.size * eps / limit * largest(sizes)
-    terms = row_sums(jnp.abs(matrix), sizes + rounding) + jnp.abs(b)
-    return jnp.abs(b - row_sums(matrix, x)) - limit * terms <= 0
+    part = lax.full_like(b, NOISE * x.size * eps / limit, shape=())
+    rounding = lax.broadcast(lax.mul(part, largest(sizes)), x.shape)
+    terms = row_sums(lax.abs(matrix), lax.add(sizes, rounding))
+    terms = lax.mul(lax.add(terms, lax.abs(b)), lax.full_like(b, limit))
+    left = lax.abs(lax.sub(b, row_sums(matrix, x)))
+    return lax.le(lax.sub(left, terms), lax.full_like(left, 0))
 
 
 @custom_vmap
@@ -127,9 +130,9 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
         """Returns the solution, its result, and its measured `residual_norm`."""
         del options
         if isinstance(state, SmallState):
-            x, rr, bb = small_solution(state, vector)
+            x, rr, bb, asked = small_solution(state, vector)
             limit = residual_limit(epsilon(vector))
-            return measured(x, rr, bb, rtol=limit, regular=state.regular)
+            return measured(x, rr, bb, asked, rtol=limit, regular=state.regular)
         b, unravel = ravel_pytree(vector)
         matrix, solve = state.matrix, state.factors.solve
         if state.transposed:
@@ -137,11 +140,13 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
         x = solve(b)
         left = norm(b - matvec(matrix, x))
         *spokesman, heard = _spokesman(matrix, x, b)
-        sound = state.sound & _is_exact(matrix, *spokesman)
-        wrong, asked, endless = anywhere(~sound, b != 0, ~jnp.isfinite(b))
-        good = ~wrong & heard
-        x = unravel(x)
-        return judged(x, asked, ~endless, good, good, residual_norm=left)
+        sound = lax.bitwise_and(state.sound, _is_exact(matrix, *spokesman))
+        asked, finite = lax.ne(b, lax.full_like(b, 0)), lax.is_finite(b)
+        wrong, asked, endless = anywhere(
+            lax.bitwise_not(sound), asked, lax.bitwise_not(finite)
+        )
+        good, finite = lax.bitwise_and(~wrong, heard), ~endless
+        return judged(unravel(x), asked, finite, good, good, residual_norm=left)
 
     def transpose(
         self, state: LUState | SmallState, options: dict[str, Any]

@@ -3,6 +3,7 @@
 Under `jax.vmap` a batch of such systems is a few long vectors and arithmetic on them.
 All lanes are in one loop until the last has left it, and those which are done stay
 where they are: that is cheaper than to choose lane by lane for everything in the loop.
+In it is `lax` alone: each operator of `jnp` is a `jit`, which is traced and batched.
 """
 
 import functools
@@ -115,20 +116,33 @@ def _loop(
 
     def go_on(c: _Carry) -> Bool[Array, ""]:
         # A number, whose maximum XLA finds in half the time that it takes over flags.
-        more = max_lane(c.left) > limit
-        return more if max_steps is None else more & (c.shared < max_steps)
+        more = _exceeds(max_lane(c.left), limit)
+        if max_steps is None:
+            return more
+        return lax.bitwise_and(
+            more, lax.lt(c.shared, lax.full_like(c.shared, max_steps))
+        )
 
     def body(c: _Carry) -> _Carry:
         y, aux, left = step(c.y, c.left)
-        aux = vs.select(c.left > limit, aux, c.aux)
-        steps = jnp.where(c.left > limit, c.steps + 1, c.steps)
-        return _Carry(y, aux, left, steps, c.shared + 1)
+        counts = _exceeds(c.left, limit)
+        aux = vs.select(counts, aux, c.aux)
+        steps, shared = _next(c.steps), _next(c.shared)
+        return _Carry(y, aux, left, lax.select(counts, steps, c.steps), shared)
 
     return lax.while_loop(go_on, body, carry)
 
 
+def _exceeds(x: Array, limit: float) -> Bool[Array, ""]:
+    return lax.gt(x, lax.full_like(x, limit))
+
+
+def _next(count: Int[Array, ""]) -> Int[Array, ""]:
+    return lax.add(count, lax.full_like(count, 1))
+
+
 def _moved(go_on: Array, y: list[Array], move: list[Array]) -> list[Array]:
-    return [jnp.where(go_on, a - b, a) for a, b in zip(y, move, strict=True)]
+    return [lax.select(go_on, lax.sub(a, b), a) for a, b in zip(y, move, strict=True)]
 
 
 def newton_opening(
@@ -139,11 +153,11 @@ def newton_opening(
     carry = _begin(y, aux, jnp.inf)
 
     def step(y: list[Array], left: Array) -> tuple[list[Array], Any, Array]:
-        del left
         seen = problem.look(y)
         largest = closed.largest(seen.f)
-        error = jnp.where(jnp.isfinite(largest), largest, -1)
-        return _moved(~(largest <= atol), y, seen.move), seen.aux, error
+        error = lax.select(lax.is_finite(largest), largest, lax.full_like(left, -1))
+        there = lax.le(largest, lax.full_like(largest, atol))
+        return _moved(lax.bitwise_not(there), y, seen.move), seen.aux, error
 
     c = _loop(step, atol, carry, _STEPS)
     # A residual may also vanish at infinity: what is far away the robust solver judges.
@@ -193,19 +207,24 @@ def small_newton(
     **Arguments:** `aux` is structured as that of `fn`; `max_steps` counts evaluations.
     """
     problem = _Problem(fn, args, jax.eval_shape(lambda: y))
-    dtype = vs.real_dtype(y)
 
     def step(y: list[Array], before: Array) -> tuple[list[Array], Any, Array]:
-        seen = problem.look(y)
-        new = _moved(before > _DONE, y, seen.move)
+        seen, going = problem.look(y), _exceeds(before, _DONE)
+        new = _moved(going, y, seen.move)
         # The step as it was taken: no quotient in it has to be found a second time.
-        step = [a - b for a, b in zip(y, new, strict=True)]
-        nothing = [jnp.zeros_like(f) for f in seen.f]
-        over = _within(solver, step, new) & _within(solver, seen.f, nothing)
-        cause = jnp.where(jnp.isfinite(closed.largest(seen.f)), _SINGULAR, _NONFINITE)
-        broken = ~jnp.isfinite(closed.largest(new))
-        now = jnp.where(broken, cause, jnp.where(over, _DONE, before))
-        return new, seen.aux, jnp.where(before > _DONE, now.astype(dtype), before)
+        step = list(map(lax.sub, y, new))
+        nothing = [lax.full_like(f, 0) for f in seen.f]
+        over = lax.bitwise_and(
+            _within(solver, step, new), _within(solver, seen.f, nothing)
+        )
+        done, singular, nonfinite = (
+            lax.full_like(before, code) for code in (_DONE, _SINGULAR, _NONFINITE)
+        )
+        finite = lax.is_finite(closed.largest(seen.f))
+        cause = lax.select(finite, singular, nonfinite)
+        now = lax.select(over, done, before)
+        now = lax.select(lax.is_finite(closed.largest(new)), now, cause)
+        return new, seen.aux, lax.select(going, now, before)
 
     c = _loop(step, _DONE, _begin(y, aux, 1.0), max_steps)
     found = small.from_entries(c.y, problem.struct)
@@ -223,8 +242,9 @@ def _result(left: Array) -> RESULTS:
 
 def _within(solver: Any, x: list[Array], y: list[Array]) -> Bool[Array, ""]:
     """Whether every entry of `x` is small by the tolerances of a solver, at `y`."""
+    rtol, atol = (lax.full_like(x[0], tol) for tol in (solver.rtol, solver.atol))
     flags = [
-        jnp.abs(xi) < solver.atol + solver.rtol * jnp.abs(yi)
+        lax.lt(lax.abs(xi), lax.add(atol, lax.mul(rtol, lax.abs(yi))))
         for xi, yi in zip(x, y, strict=True)
     ]
     return functools.reduce(lax.bitwise_and, flags)
