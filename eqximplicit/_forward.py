@@ -48,7 +48,7 @@ class Forward(eqx.Module):
     bend: float | None
 
 
-def _tolerance(point: Point) -> float | None:
+def _tolerance(point: Point, attainable: float) -> float | None:
     layer = point.subject.layer
     if layer.residual_tol is not None:
         return layer.residual_tol
@@ -58,8 +58,9 @@ def _tolerance(point: Point) -> float | None:
     atol = getattr(solver, "atol", None)
     if atol is None:
         return None
-    rooted = isinstance(solver, AutoRootFinder)  # whose `rtol` is without effect
-    rtol = 0.0 if rooted else getattr(solver, "rtol", 0.0)
+    if isinstance(solver, AutoRootFinder):  # whose `rtol` is without effect
+        return float(atol) if layer.solver.atol is not None else max(atol, attainable)
+    rtol = getattr(solver, "rtol", 0.0)
     return float(atol) + float(rtol) * float(max_abs(point.y))
 
 
@@ -97,10 +98,11 @@ def forward(
 ) -> Forward:
     """Measures how good the solution is."""
     distance, step, bend = _newton_step(point, matrix)
+    attainable = _attainable(point, random)
     return Forward(
         residual=float(point.solution.stats["residual_norm"]),
-        tolerance=_tolerance(point),
-        attainable=_attainable(point, random),
+        tolerance=_tolerance(point, attainable),
+        attainable=attainable,
         distance=distance,
         step=step,
         bend=bend,

@@ -146,27 +146,37 @@ def step_krylov(
 
 
 def is_over_krylov(
-    state: KrylovState[Any, Any], atol: float
+    state: KrylovState[Any, Any], y: PyTree[Array], limits: ph.Limits
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Whether the solve has ended, and whether with a root."""
-    success = state.largest <= atol
+    success = state.largest <= limits.atol
     no_start = ~state.first & ~jnp.isfinite(state.largest)
     too_short = state.fraction < float(jnp.finfo(state.fraction.dtype).eps) ** 0.5
+    if limits.to_rounding:
+        success = success | (too_short & _is_exact(state, y))
     return success | no_start | too_short, success
 
 
-def why_krylov(state: KrylovState[Any, Any], y: PyTree[Array], atol: float) -> RESULTS:
-    """How a solve that is over ended; to be asked once, after the loop."""
-    _, success = is_over_krylov(state, atol)
+def _is_exact(state: KrylovState[Any, Any], y: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether a whole Newton step is no more than rounding."""
     dtype = state.norm.dtype
     length, step = (stop_gradient(vs.length(v, dtype)) for v in (y, state.step))
-    far = length > ph.FAR * state.start_length
     rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps) * length
-    exact = (step > 0) & (step <= state.fraction * rounding)
+    return (step > 0) & (step <= state.fraction * rounding)
+
+
+def why_krylov(
+    state: KrylovState[Any, Any], y: PyTree[Array], limits: ph.Limits
+) -> RESULTS:
+    """How a solve that is over ended; to be asked once, after the loop."""
+    _, success = is_over_krylov(state, y, limits)
+    length = stop_gradient(vs.length(y, state.norm.dtype))
+    far = length > ph.FAR * state.start_length
 
     diverged = as_results(RESULTS.nonlinear_divergence)
     reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
     reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)
+    exact = _is_exact(state, y)
     reason = RESULTS.where(exact, RESULTS.unattainable_tolerance, reason)
     no_start = ~jnp.isfinite(state.largest)
     reason = RESULTS.where(no_start, RESULTS.nonfinite_start, reason)

@@ -134,10 +134,18 @@ class Decision(eqx.Module):
 
 
 class Limits(eqx.Module):
-    """When to stop: the largest residual entry of a root, and how many restarts."""
+    """When to stop.
+
+    **Attributes:**
+
+    - `atol`: the largest residual entry of a root.
+    - `max_restarts`: how many there may be.
+    - `to_rounding`: whether a residual is also small enough that is rounding.
+    """
 
     atol: float
     max_restarts: int
+    to_rounding: bool
 
 
 def _fields(control: Control) -> Float[Array, " n"]:
@@ -314,7 +322,9 @@ def _select(pred: Array, x: Control, y: Control) -> Control:
 
 def is_over(control: Control, limits: Limits) -> tuple[Array, Array]:
     """Whether the solve has ended, and whether with a root."""
-    success = control.best_max <= limits.atol
+    success, stuck = control.best_max <= limits.atol, control.stuck > 0
+    if limits.to_rounding:
+        success = success | (stuck & jnp.isfinite(control.best_max))
     no_start = (control.num_evaluations > 0) & ~jnp.isfinite(control.best_max)
     exhausted = control.num_cycles > limits.max_restarts
-    return success | no_start | exhausted | (control.stuck > 0), success
+    return success | no_start | exhausted | stuck, success

@@ -71,7 +71,8 @@ class AutoRootFinder(
         residual zero, and `rtol * 0` is zero.
     - `atol`: the largest absolute residual entry of a root. Dimensionless. `None`
         stands for 1e-9 in float64 and for 84 epsilon in any lower precision, which is
-        1e-5 in float32.
+        1e-5 in float32; or, where rounding allows no such residual, for as little as
+        it allows: then equations may have any unit.
     - `max_restarts`: how often to start again out of a stationary point of the residual
         norm, or out of a slow descent, before the solve fails.
     - `krylov_above`: the largest number of unknowns for which a Jacobian is formed.
@@ -120,7 +121,7 @@ class AutoRootFinder(
 
     def _limits(self, y: PyTree[Array]) -> Limits:
         atol = default_atol(real_dtype(y)) if self.atol is None else self.atol
-        return Limits(atol, self.max_restarts)
+        return Limits(atol, self.max_restarts, to_rounding=self.atol is None)
 
     def opening(
         self, fn: Any, y: Any, args: Any, aux: Any, max_steps: int | None
@@ -180,7 +181,7 @@ class AutoRootFinder(
         del fn, args, options, tags
         limits = self._limits(y)
         if isinstance(state, KrylovState):
-            done, success = is_over_krylov(state, limits.atol)
+            done, success = is_over_krylov(state, y, limits)
         else:
             done, success = is_over(read(state.control), limits)
         failure = optx.RESULTS.nonlinear_divergence
@@ -203,7 +204,7 @@ class AutoRootFinder(
         del fn, aux, args, options, tags
         limits = self._limits(y)
         if isinstance(state, KrylovState):
-            reason, largest = why_krylov(state, y, limits.atol), state.largest
+            reason, largest = why_krylov(state, y, limits), state.largest
             restarts = jnp.zeros_like(state.num_evaluations)
             evaluations = state.num_evaluations
         else:
