@@ -27,6 +27,10 @@ def energy(y, a):
     return jnp.sum(jnp.cosh(y) - a * y)
 
 
+def misfit(y, a):
+    return jnp.sinh(y) - a, 0.3 * y
+
+
 def layer(condition, solver=None):
     # What raises calls the host, which JAX cannot export.
     return eqi.ImplicitFunction(condition, solver, throw=False)
@@ -36,9 +40,9 @@ LAYERS = {
     "fixed point": layer(eqi.FixedPoint(cell)),
     "root": layer(eqi.Root(cubic)),
     "minimum": layer(eqi.Minimum(energy)),
+    "least squares": layer(eqi.LeastSquares(misfit)),
 }
 BATCHED = LAYERS | {
-    "least squares": layer(eqi.LeastSquares(lambda y, a: jnp.sinh(y) - a)),
     "Picard": layer(
         eqi.FixedPoint(cell), optx.FixedPointIteration(rtol=1e-9, atol=1e-9)
     ),
@@ -67,7 +71,12 @@ def assert_same_at_two_sizes(fn, columns=3):
 
 
 @pytest.mark.parametrize(
-    "name", ["fixed point", *(pytest.param(n, marks=slow) for n in ("root", "minimum"))]
+    "name",
+    [
+        "fixed point",
+        "least squares",
+        *(pytest.param(n, marks=slow) for n in ("root", "minimum")),
+    ],
 )
 def test_batch_of_solves_is_exported(name):
     one = lambda x: LAYERS[name](jnp.zeros(3), x)

@@ -37,12 +37,17 @@ class SpectralState(eqx.Module):
 
     def lay_out(self, x: Float[Array, " n"]) -> PyTree[Array]:
         """The vector `x` in the structure of the unknown."""
-        leaves, treedef = self.domain
-        parts, start = list[Array](), 0
-        for leaf in leaves:
-            parts.append(x[start : start + leaf.size].reshape(leaf.shape))
-            start += leaf.size
-        return jtu.tree_unflatten(treedef, parts)
+        return laid_out(self.domain, x)
+
+
+def laid_out(structure: Structure, x: Float[Array, " n"]) -> PyTree[Array]:
+    """A vector in a structure."""
+    leaves, treedef = structure
+    parts, start = list[Array](), 0
+    for leaf in leaves:
+        parts.append(x[start : start + leaf.size].reshape(leaf.shape))
+        start += leaf.size
+    return jtu.tree_unflatten(treedef, parts)
 
 
 def structure_key(struct: PyTree[ShapeDtypeStruct]) -> Structure:

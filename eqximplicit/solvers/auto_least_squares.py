@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Scalar
 from .._solution import Aux, Y
 from ..linear_solvers._small import is_placed
 from . import _vector_space as vs
+from ._thin_qr import ThinQR
 from ._verdict import check_tolerances, or_default
 from ._verified import Problem, VerifiedDescent, VerifiedState
 from .auto_minimiser import refuse_complex
@@ -73,7 +74,7 @@ class AutoLeastSquares(optx.AbstractLeastSquaresSolver[Y, Any, Aux, VerifiedStat
         if plain and vs.one_dtype(y) and vs.real_dtype(y) == jnp.result_type(float):
             small = vs.size(y) <= self.dense_size
             cg = lx.Normal(lx.CG(rtol=1e-6, atol=1e-6))
-            linear_solver = lx.QR() if small else cg
+            linear_solver: Any = ThinQR() if small else cg
             search = optx.LevenbergMarquardt(rtol, atol, linear_solver=linear_solver)
         return VerifiedDescent(
             search=search,
