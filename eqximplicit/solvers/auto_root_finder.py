@@ -49,9 +49,10 @@ class AutoRootFinder(
     is not finite is a rejected step.
 
     The solve is successful when every entry of the residual at **the very point
-    returned** is at most `atol` in absolute value; a small step or a small $J^T F$
-    alone is never success. Otherwise the best point seen is returned, with its residual
-    in `stats["residual_norm"]` and the reason in `stats["result"]`, an
+    returned** is at most `atol` in absolute value, or, with the default `atol`, no more
+    than rounding of its terms, which no step makes smaller; a small step or a small
+    $J^T F$ alone is never success. Otherwise the best point seen is returned, with its
+    residual in `stats["residual_norm"]` and the reason in `stats["result"]`, an
     [`eqximplicit.RESULTS`][]: `local_minimum`, `nonlinear_divergence`,
     `singular_jacobian`, `nonfinite_jacobian` (where one is formed),
     `unattainable_tolerance`, `nonlinear_max_steps_reached` or `nonfinite_start`. Each
