@@ -302,6 +302,18 @@ def test_equations_in_large_units_are_solved_to_rounding(unit, n):
         assert strict.result == RESULTS.unattainable_tolerance
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_rounding_is_no_root_where_no_jacobian_is_regular(n):
+    def parallel(y, _):
+        gap = 1e12 * (y[0] - y[1])
+        return jnp.concatenate([jnp.stack([gap, gap + 1e-3]), y[2:] - 1])
+
+    _, stats, claimed = _solve(parallel, jnp.ones(n))
+    assert not claimed
+    assert stats["result"] == RESULTS.singular_jacobian
+    assert np.isclose(stats["residual_norm"], 1e-3)
+
+
 def test_roots_in_single_precision_with_terms_that_cancel():
     # Bratu's problem by finite differences, whose terms grow with the square of `n`.
     def bratu(y, a):

@@ -158,7 +158,7 @@ def _where(pred: Bool[Array, ""], x: Any, y: Any) -> Any:
 def why(state: DenseState[Any], y: PyTree[Array], limits: ph.Limits) -> RESULTS:
     """How a solve that is over ended; to be asked once, after the loop."""
     control = ph.read(state.control)
-    _, success = ph.is_over(control, limits)
+    _, success = ph.is_over(control, limits, state.ever_regular)
     diverged = as_results(RESULTS.nonlinear_divergence)
     far = norm_of(real_vector(y).ravel(y)) > ph.FAR * control.start
     reason = RESULTS.where(far, diverged, RESULTS.local_minimum)

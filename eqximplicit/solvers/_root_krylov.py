@@ -153,7 +153,8 @@ def is_over_krylov(
     no_start = ~state.first & ~jnp.isfinite(state.largest)
     too_short = state.fraction < float(jnp.finfo(state.fraction.dtype).eps) ** 0.5
     if limits.to_rounding:
-        success = success | (too_short & _is_exact(state, y))
+        resolved = _is_exact(state, y) & ~_is_far(state, y) & state.ever_regular
+        success = success | (too_short & resolved)
     return success | no_start | too_short, success
 
 
@@ -165,14 +166,17 @@ def _is_exact(state: KrylovState[Any, Any], y: PyTree[Array]) -> Bool[Array, ""]
     return (step > 0) & (step <= state.fraction * rounding)
 
 
+def _is_far(state: KrylovState[Any, Any], y: PyTree[Array]) -> Bool[Array, ""]:
+    length = stop_gradient(vs.length(y, state.norm.dtype))
+    return length > ph.FAR * state.start_length
+
+
 def why_krylov(
     state: KrylovState[Any, Any], y: PyTree[Array], limits: ph.Limits
 ) -> RESULTS:
     """How a solve that is over ended; to be asked once, after the loop."""
     _, success = is_over_krylov(state, y, limits)
-    length = stop_gradient(vs.length(y, state.norm.dtype))
-    far = length > ph.FAR * state.start_length
-
+    far = _is_far(state, y)
     diverged = as_results(RESULTS.nonlinear_divergence)
     reason = RESULTS.where(far, diverged, RESULTS.local_minimum)
     reason = RESULTS.where(state.ever_regular, reason, RESULTS.singular_jacobian)

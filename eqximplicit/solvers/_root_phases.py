@@ -23,7 +23,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._packed import (
     changed,
@@ -81,7 +81,8 @@ class Control(eqx.Module):
     base_norm: Array  # |F(base)|
     best_norm: Array
     best_max: Array  # largest absolute residual of the best point
-    stuck: Array  # no smaller residual can be resolved
+    stuck: Array  # no smaller residual can be resolved,
+    near: Array  # and that is not so because of the distance from the start
     num_evaluations: Array
     to_best: Array  # the next trial is the best point so far
     aside: Array  # the direction in which it leaves the base; 0 is Newton's
@@ -297,7 +298,8 @@ def after(
     damped = _select(control.forced > 0, arrived, damped)
     new = _select(control.damped > 0, damped, newton)
     best = ~better & (control.base_norm == control.best_norm)
-    new = changed(new, stuck=best & (base.excess <= 0))
+    near = base.length <= FAR * control.start
+    new = changed(new, stuck=best & (base.excess <= 0), near=near)
     return settled(_fields(new), vector)
 
 
@@ -320,11 +322,18 @@ def _select(pred: Array, x: Control, y: Control) -> Control:
     return Control(**pairs)
 
 
-def is_over(control: Control, limits: Limits) -> tuple[Array, Array]:
-    """Whether the solve has ended, and whether with a root."""
+def is_over(
+    control: Control, limits: Limits, regular: Bool[Array, ""]
+) -> tuple[Array, Array]:
+    """Whether the solve has ended, and whether with a root.
+
+    Far along a kernel, and far from the start, everything is rounding, and no root:
+    `regular` is whether some Jacobian was.
+    """
     success, stuck = control.best_max <= limits.atol, control.stuck > 0
     if limits.to_rounding:
-        success = success | (stuck & jnp.isfinite(control.best_max))
+        resolved = stuck & (control.near > 0) & regular
+        success = success | (resolved & jnp.isfinite(control.best_max))
     no_start = (control.num_evaluations > 0) & ~jnp.isfinite(control.best_max)
     exhausted = control.num_cycles > limits.max_restarts
     return success | no_start | exhausted | stuck, success

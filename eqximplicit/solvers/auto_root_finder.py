@@ -184,7 +184,8 @@ class AutoRootFinder(
         if isinstance(state, KrylovState):
             done, success = is_over_krylov(state, y, limits)
         else:
-            done, success = is_over(read(state.control), limits)
+            control = read(state.control)
+            done, success = is_over(control, limits, state.ever_regular)
         failure = optx.RESULTS.nonlinear_divergence
         failed = done & ~success
         result = optx.RESULTS.where(failed, failure, optx.RESULTS.successful)
