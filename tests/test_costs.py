@@ -1,4 +1,4 @@
-"""What a derivative costs, counted in the program that JAX hands to the compiler.
+"""What a derivative costs, counted in the program, compiled or not.
 
 Nothing here is timed: operations, temporary bytes and compilations are the same on any
 machine. The opponent is the `custom_vjp` that one would write by hand.
@@ -24,10 +24,11 @@ DRAW = np.random.default_rng(0)
 W = DRAW.normal(size=(N, N)) / (2 * np.sqrt(N))
 X = DRAW.normal(size=N)
 TOL = 1e-8
-# 2.6 times the lines by hand: the rule adds what turns a failed solve into NaN, the
-# function is linearised once for the solve and once for the parameters, and what an
-# optimistix solver claims is held against the residual.
-LINES = 2.7
+# Compile time goes with the kernels of a program. For a fixed point by iteration there
+# are as many as by hand: the rule adds what turns a failed solve into NaN, and what an
+# optimistix solver claims is held against the residual, but sums take one kernel each.
+# Elimination is watched for singular matrices, too: 1.26 times those by hand.
+KERNELS = 1.3
 
 
 def cell(z, theta):
@@ -47,6 +48,12 @@ def picard():
 
 def text(fn, *args):
     return jax.jit(fn).lower(*args).as_text()
+
+
+def kernels(fn, *args):
+    """How many there are, with the calls of libraries."""
+    program = jax.jit(fn).lower(*args).compile().as_text()
+    return len(re.findall(r" (?:fusion|dot|copy|custom-call)\(", program))
 
 
 def loops(fn, *args):
@@ -248,7 +255,7 @@ def dense_adjoint(transposed, ct, iterate):
     [(picard_adjoint, eqi.Neumann(rtol=TOL)), (dense_adjoint, eqi.DirectLU())],
     ids=["picard", "dense"],
 )
-def test_program_is_not_much_longer_than_by_hand(adjoint, linear_solver):
+def test_program_has_not_many_more_kernels_than_by_hand(adjoint, linear_solver):
     layer, hand = layer_of(picard(), linear_solver), by_hand(adjoint)
     theta = jnp.asarray(W), jnp.asarray(X)
     ours = jax.value_and_grad(lambda t: jnp.sum(layer(jnp.zeros(N), t) ** 2))
@@ -257,5 +264,4 @@ def test_program_is_not_much_longer_than_by_hand(adjoint, linear_solver):
     assert jnp.allclose(a[0], b[0], rtol=1e-6)
     assert jnp.allclose(a[1][0], b[1][0], rtol=1e-5, atol=1e-6)
     assert loops(ours, theta) <= loops(theirs, theta)
-    mine, hers = text(ours, theta), text(theirs, theta)
-    assert len(mine.splitlines()) <= LINES * len(hers.splitlines())
+    assert kernels(ours, theta) <= KERNELS * kernels(theirs, theta)
