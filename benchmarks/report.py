@@ -230,9 +230,9 @@ def against_rule(results: Results) -> str:
         "| first call: limit | layer / rule |",
         "|---" * 7 + "|",
     ]
-    same_loop = (OWN, SAME), (OWN_LU, SAME_LU), (MATCHED, SOLVER)
-    other_loop = (MATCHED, SAME), (MATCHED_LU, SAME_LU)
-    for name, by_hand in (*same_loop, (MATCHED_LU, SOLVER_LU), *other_loop):
+    layers = OWN, OWN_LU, MATCHED, MATCHED_LU, MATCHED, MATCHED_LU
+    rules = SAME, SAME_LU, SOLVER, SOLVER_LU, SAME, SAME_LU
+    for name, by_hand in zip(layers, rules, strict=True):
         for workload, rows in results.values():
             if name not in rows or by_hand not in rows:
                 continue

@@ -54,12 +54,13 @@ def _tolerance(point: Point, attainable: float) -> float | None:
         return layer.residual_tol
     if not is_iterative(layer):
         return None
-    solver = with_tolerances(fitted(layer.solver, point.y), point.y)
+    given = fitted(layer.solver, point.y)
+    solver = with_tolerances(given, point.y)
     atol = getattr(solver, "atol", None)
     if atol is None:
         return None
     if isinstance(solver, AutoRootFinder):  # whose `rtol` is without effect
-        return float(atol) if layer.solver.atol is not None else max(atol, attainable)
+        return max(atol, attainable) if given.atol is None else float(atol)
     rtol = getattr(solver, "rtol", 0.0)
     return float(atol) + float(rtol) * float(max_abs(point.y))
 

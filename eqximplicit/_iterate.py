@@ -20,7 +20,15 @@ from ._lanes import any_lane
 from ._monitor import Monitor, Watch
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
-from ._state import all_finite, filled, from_real, max_abs, real_dtype, to_real
+from ._state import (
+    all_finite,
+    filled,
+    from_real,
+    max_abs,
+    max_norm,
+    real_dtype,
+    to_real,
+)
 from .solvers._default import fitted, with_tolerances
 from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened
 from .solvers._small_newton import is_closed_form, small_newton
@@ -178,7 +186,7 @@ def _with_own_norm(run: Run) -> Run:
     theirs = type(solver).__module__.partition(".")[0] == optx.__name__
     if not theirs or getattr(solver, "norm", None) is not optx.max_norm:
         return run
-    return eqx.tree_at(lambda run: run.solver.norm, run, max_abs)
+    return eqx.tree_at(lambda run: run.solver.norm, run, max_norm)
 
 
 def _blank_aux(run: Run, y: PyTree[Array]) -> Any:
@@ -268,7 +276,7 @@ def _outcome(run: Run, carry: _Carry, state: Any) -> Outcome:
         done, optx.RESULTS.successful, optx.RESULTS.nonlinear_max_steps_reached
     )
     successful = is_successful(result)
-    trusted = done & successful
+    trusted = done if successful is True else done & successful
     result = (
         out_of_steps
         if successful is True

@@ -35,6 +35,12 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
     "max": functools.partial(jnp.max, initial=0),
     "or": lambda x, axis: lax.reduce_or(x, axis),
 }
+# The same where there are entries, of full precision.
+_PLAIN: dict[str, Callable[..., Array]] = {
+    "sum": lax.reduce_sum,
+    "max": lax.reduce_max,
+    "or": lax.reduce_or,
+}
 # Where every second stage starts from: XLA joins two that start from the same. The rest
 # start as JAX does. No flag has that bit: there are at most so many.
 _STARTS = {"sum": -0.0, "max": 0.0, "or": 1 << 30}
@@ -122,13 +128,17 @@ def _one_by_one(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
 
 def _in_stages(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
     x, axis = _joined(x, axes)
-    stage, other = _directly, _apart
+    stage, other = _plainly, _apart
     while (size := x.shape[axis]) > _KERNEL:
         # Few columns, which the compiler takes one by one, in a loop over the rows.
         columns = min(-(-size // _KERNEL), _KERNEL)
         x = stage(_folded(x, axis, columns), kind, (axis + 1,))
         stage, other = other, stage
     return stage(x, kind, (axis,))
+
+
+def _plainly(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
+    return _PLAIN[kind](x, axes)
 
 
 def _apart(x: Array, kind: str, axes: tuple[int, ...]) -> Array:

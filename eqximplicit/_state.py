@@ -10,6 +10,7 @@ one real dtype the real form is the state itself.
 import functools
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -272,21 +273,37 @@ def nonzero_and_finite(
 
 
 def peak(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
-    """The largest absolute entry; NaN if any is not finite, and zero if there is none.
+    """The largest absolute entry: NaN if one is not finite, zero if there is none."""
+    top = _top(x, axis)
+    return lax.select(lax.is_finite(top), top, lax.full_like(top, jnp.nan))
+
+
+def _top(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """The largest absolute entry; infinite for a NaN, and zero if there is none.
 
     For the CPU, XLA's maximum of more than 4096 entries passes over a NaN (JAX 0.10).
     """
     size = lax.abs(x)
     size = lax.select(lax.ne(size, size), lax.full_like(size, jnp.inf), size)
-    top = largest(size, axis)
-    return lax.select(lax.is_finite(top), top, lax.full_like(top, jnp.nan))
+    return largest(size, axis)
 
 
 def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:
     """The largest absolute entry of all leaves; NaN if any is not finite."""
+    return _greatest_of(peak, tree)
+
+
+def max_norm(tree: PyTree[Array]) -> Float[Array, ""]:
+    """The largest absolute entry of all leaves; infinite for a NaN."""
+    return _greatest_of(_top, tree)
+
+
+def _greatest_of(
+    of_leaf: Callable[[Array], Array], tree: PyTree[Array]
+) -> Float[Array, ""]:
     dtype = real_dtype(tree)
-    peaks = [peak(x).astype(dtype) for x in jtu.tree_leaves(tree)]
-    return functools.reduce(jnp.maximum, peaks)
+    found = [of_leaf(x).astype(dtype) for x in jtu.tree_leaves(tree)]
+    return functools.reduce(jnp.maximum, found)
 
 
 def greatest(*values: Any) -> Any:

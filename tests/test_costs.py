@@ -24,11 +24,10 @@ DRAW = np.random.default_rng(0)
 W = DRAW.normal(size=(N, N)) / (2 * np.sqrt(N))
 X = DRAW.normal(size=N)
 TOL = 1e-8
-# Compile time goes with the kernels of a program. For a fixed point by iteration there
-# are as many as by hand: the rule adds what turns a failed solve into NaN, and what an
-# optimistix solver claims is held against the residual, but sums take one kernel each.
-# Elimination is watched for singular matrices, too: 1.26 times those by hand.
-KERNELS = 1.3
+# 2.7 times the lines by hand: the rule adds what turns a failed solve into NaN, the
+# function is linearised once for the solve and once for the parameters, and what an
+# optimistix solver claims is held against the residual.
+LINES = 2.7
 
 
 def cell(z, theta):
@@ -251,11 +250,12 @@ def dense_adjoint(transposed, ct, iterate):
 
 
 @pytest.mark.parametrize(
-    ("adjoint", "linear_solver"),
-    [(picard_adjoint, eqi.Neumann(rtol=TOL)), (dense_adjoint, eqi.DirectLU())],
+    ("adjoint", "linear_solver", "most"),
+    # Kernels, which take the time of the compiler: elimination is watched, too.
+    [(picard_adjoint, eqi.Neumann(rtol=TOL), 1), (dense_adjoint, eqi.DirectLU(), 1.3)],
     ids=["picard", "dense"],
 )
-def test_program_has_not_many_more_kernels_than_by_hand(adjoint, linear_solver):
+def test_program_is_not_much_longer_than_by_hand(adjoint, linear_solver, most):
     layer, hand = layer_of(picard(), linear_solver), by_hand(adjoint)
     theta = jnp.asarray(W), jnp.asarray(X)
     ours = jax.value_and_grad(lambda t: jnp.sum(layer(jnp.zeros(N), t) ** 2))
@@ -264,4 +264,11 @@ def test_program_has_not_many_more_kernels_than_by_hand(adjoint, linear_solver):
     assert jnp.allclose(a[0], b[0], rtol=1e-6)
     assert jnp.allclose(a[1][0], b[1][0], rtol=1e-5, atol=1e-6)
     assert loops(ours, theta) <= loops(theirs, theta)
-    assert kernels(ours, theta) <= KERNELS * kernels(theirs, theta)
+    mine, hers = text(ours, theta), text(theirs, theta)
+    assert len(mine.splitlines()) <= LINES * len(hers.splitlines())
+    assert kernels(ours, theta) <= most * kernels(theirs, theta)
+
+
+def test_the_norm_of_an_optimistix_solver_is_one_kernel():
+    solve = jax.jit(lambda x: layer_of(picard())(jnp.zeros(N), (jnp.asarray(W), x)))
+    assert "reduce-window" not in solve.lower(X).compile().as_text()

@@ -27,6 +27,7 @@ from eqximplicit.linear_solvers import (
     Tikhonov,
 )
 from eqximplicit.linear_solvers.checked import checked
+from eqximplicit.solvers._thin_qr import ThinQR
 
 ITERATIVE = {np.float64: 1e-8, np.float32: 2e-4}  # times the relative tolerance
 DTYPES = (np.float64, np.float32)
@@ -938,3 +939,18 @@ def test_solution_with_entries_that_are_zero_but_for_rounding(n, dtype, solver):
         wanted = exact.transpose(0, 2, 1)[:, :4]
         error = np.max(np.abs(np.asarray(found, float) - wanted))
         assert error < (1e-8 if dtype == np.float64 else 1e-2)
+
+
+@pytest.mark.parametrize("rows", [4, 9])
+def test_thin_factors_give_least_squares_and_their_derivatives(rows):
+    draw = np.random.default_rng(rows)
+    matrix, b, ct = draw.normal(size=(rows, 4)), draw.normal(size=rows), np.ones(4)
+
+    def solved(b):
+        operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+        return lx.linear_solve(operator, b, ThinQR()).value
+
+    inverse = np.linalg.pinv(matrix)
+    np.testing.assert_allclose(solved(jnp.asarray(b)), inverse @ b, rtol=1e-9)
+    pull = jax.vjp(solved, jnp.asarray(b))[1](jnp.asarray(ct))[0]
+    np.testing.assert_allclose(pull, inverse.T @ ct, rtol=1e-9)

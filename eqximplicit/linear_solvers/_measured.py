@@ -76,10 +76,10 @@ def measured(
     says whether it is another. If not `regular`, it has failed.
     """
     # Where `b` is zero, so is the answer, whatever `x` is.
-    residual_norm = lax.sqrt(lax.select(bb == 0, lax.full_like(rr, 0), rr))
+    nonzero, finite = _of_square(bb)
+    residual_norm = lax.sqrt(lax.select(nonzero, rr, lax.full_like(rr, 0)))
     stats = {"residual_norm": residual_norm, **stats}
     good = within(rr, bb, rtol, atol)
-    nonzero, finite = _of_square(bb)
     asked = nonzero if asked is None else asked
     return judged(x, asked, finite, good, regular, failure=failure, **stats)
 
