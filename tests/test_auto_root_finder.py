@@ -331,9 +331,16 @@ def test_roots_in_single_precision_with_terms_that_cancel():
 
 
 def test_a_jacobian_that_is_not_finite_is_the_reason_given():
-    _, stats, claimed = _solve(lambda y, _: jnp.sqrt(y) - 1, jnp.zeros(4))
+    fn = lambda y, _: jnp.sqrt(y @ jnp.ones((4, 4))) - 1
+    _, stats, claimed = _solve(fn, jnp.zeros(4))
     assert not claimed
     assert stats["result"] == RESULTS.nonfinite_jacobian, RESULTS[stats["result"]]
+
+
+def test_one_infinite_slope_for_each_unknown_is_no_nan():
+    y, _, claimed = _solve(lambda y, _: jnp.sqrt(y) - 1, jnp.zeros(4))
+    assert claimed
+    np.testing.assert_allclose(y, 1.0, rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["rtol", "atol", "max_restarts", "krylov_above"])

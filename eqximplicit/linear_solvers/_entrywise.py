@@ -22,7 +22,8 @@ from jaxtyping import Array
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from ._closed_form import Scalars
-from ._moves import Equation, moved, MOVES
+from ._equation import as_function, CALLS, Equation, variables
+from ._moves import moved, MOVES
 from ._small import entries
 
 # A NumPy array of scalars for one with few entries, else a JAX array.
@@ -37,7 +38,6 @@ _ELEMENTWISE = frozenset(
     "neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square sub "
     "tan tanh xor".split()
 )
-_CALLS = ("jit", "pjit")
 # A derivative would go through these once for each entry.
 _LOOPS = ("while", "scan", "cond")
 # Of more operations on entries, compilation takes longer than they save.
@@ -76,7 +76,7 @@ def _length(jaxpr: jex.Jaxpr) -> float:
 def _count(eqn: Equation) -> float:
     if eqn.primitive.name in _LOOPS:
         return math.inf
-    if eqn.primitive.name in _CALLS:
+    if eqn.primitive.name in CALLS:
         return _length(eqn.params["jaxpr"].jaxpr)
     return sum(math.prod(v.aval.shape) for v in eqn.outvars if _is_few(v.aval))
 
@@ -158,7 +158,7 @@ def _evaluate(
 
 def _step(eqn: Equation, ins: list[Value]) -> list[Value]:
     name = eqn.primitive.name
-    if name in _CALLS:
+    if name in CALLS:
         body = eqn.params["jaxpr"]
         return _evaluate(body.jaxpr, list(map(_apart, body.consts)), ins)
     few = all(_is_few(v.aval) for v in (*eqn.invars, *eqn.outvars))
@@ -175,12 +175,8 @@ def _step(eqn: Equation, ins: list[Value]) -> list[Value]:
 
 def _as_it_is(eqn: Equation, ins: list[Value]) -> list[Value]:
     """On arrays: a loop, a function with a derivative of its own, or many entries."""
-    pairs = zip(eqn.invars, ins, strict=True)
-    read = {var: x for var, x in pairs if not isinstance(var, jex.Literal)}
-    names = ("",) * len(read), ("",) * len(eqn.outvars)
-    info = jex.DebugInfo("entrywise", eqn.primitive.name, *names)
-    alone = jex.Jaxpr((), list(read), eqn.outvars, [eqn], eqn.effects, info)
-    call = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))
+    read = variables(eqn, ins)
+    call = as_function(eqn, list(read))
     return list(map(_apart, call(*map(_together, read.values()))))
 
 

@@ -1,11 +1,11 @@
 """JAX primitives that only move the entries of arrays, done to NumPy arrays."""
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-Equation: TypeAlias = Any  # `jax.extend.core.JaxprEqn`, which has no static type
+from ._equation import Equation
 
 MOVES = frozenset(
     "slice transpose rev concatenate pad broadcast_in_dim reshape squeeze "

@@ -15,7 +15,8 @@ import numpy as np
 import scipy.sparse as sp
 from jax.core import Tracer
 
-from ._moves import Equation, moved, MOVES
+from ._equation import Equation
+from ._moves import moved, MOVES
 
 Pattern: TypeAlias = Any  # sp.csr_array of booleans; SciPy has no static types
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from ._closed_form import inverse, Rows, Scalars, square, times, transposed
+from ._columns import columns_of
 
 LARGEST = 3
 
@@ -120,12 +121,14 @@ def as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
     lineax forgets the sharding of a structure on its way to the matrix, and then finds
     that the two sides of a symmetric operator differ (0.1.1).
     """
-    struct = operator.in_structure()
-    if not is_placed(struct):
+    struct, placed = operator.in_structure(), is_placed(operator.in_structure())
+    if not placed and not isinstance(operator, lx.FunctionLinearOperator):
         return operator.as_matrix()
     flat, unravel = ravel_pytree(jtu.tree_map(_zeros, struct))
     column = lambda unit: ravel_pytree(operator.mv(unravel(unit)))[0]
-    return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+    if placed:
+        return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+    return columns_of(column, flat).T
 
 
 def _zeros(struct: ShapeDtypeStruct) -> Array:

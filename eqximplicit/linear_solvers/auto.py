@@ -22,14 +22,16 @@ from .direct_symmetric import DirectSymmetric
 from .krylov import default_rtol, HybridKrylov
 from .sparse import SparseDirect
 
-# Measured on two cores (`benchmarks/linear_solvers.py`), one right-hand side, products
-# with a dense matrix, 23 of them for Picard at a contraction of 0.5 to 1e-7:
-#     n      materialise + LU + solve   Picard      materialise + Cholesky + solve
-#     10     20 us                      20 us       20 us
-#     50     120 us                     60 us       90 us
-#     100    300 us                     90 us       210 us
-#     200    1100 us                    110 us      730 us
-#     1000   40000 us                   1400 us     29000 us
+# Measured on one core (`benchmarks/linear_solvers.py`), one right-hand side, with 25 us
+# of dispatch; a dense matrix, which costs nothing to materialise (`_columns.py`), at a
+# contraction of 0.5, for which Picard takes 23 products to 1e-7. CG of a Hessian.
+#     n      LU + solve   Picard     Cholesky + solve   CG
+#     10     50 us        25 us      60 us              30 us
+#     50     80 us        45 us      100 us             80 us
+#     100    150 us       70 us      190 us             160 us
+#     200    530 us       180 us     510 us             350 us
+#     1000   25 000 us    7400 us
+# And a matrix of a lane each is eliminated lane by lane.
 DENSE_SIZE = 32
 # Up to here the matrix is small (32 MiB in float64) and a factorisation takes less than
 # a second: worth having as the fallback, and for many right-hand sides at once.

@@ -10,6 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
+from ..linear_solvers._columns import columns_of
 from ..linear_solvers._dense import zero_below
 from . import _vector_space as vs
 
@@ -78,7 +79,7 @@ def hessian_matrix(hvp: Hvp, y: Any) -> Float[Array, "n n"]:
     with jax.numpy_dtype_promotion("standard"):
         flat, unravel = jfu.ravel_pytree(y)
         column = lambda basis: jfu.ravel_pytree(hvp(unravel(basis)))[0]
-        hessian = jax.vmap(column)(jnp.eye(flat.size, dtype=flat.dtype))
+        hessian = columns_of(column, flat)
     return (hessian + hessian.T) / 2
 
 

@@ -22,7 +22,7 @@ from . import _vector_space as vs
 
 Y = TypeVar("Y")
 _EXACT = jax.lax.Precision.HIGHEST
-_SMALL = 2**12  # entries; a sum of products compiles in half the time of a dot
+_SMALL = 2**12  # entries; a sum of all products compiles in half the time of a dot
 
 
 def stack_of(y: Y, window: int) -> Y:
@@ -62,9 +62,6 @@ def combine(coefficients: Float[Array, " slots"], stack: Y) -> Y:
     """Returns the sum of the stack's entries, weighted by the coefficients."""
 
     def leaf(s: Array) -> Array:
-        if num_entries(s) <= _SMALL:
-            weights = coefficients.astype(s.dtype)
-            return total(weights.reshape(-1, *[1] * (s.ndim - 1)) * s, 0)
         return jnp.tensordot(coefficients.astype(s.dtype), s, 1, precision=_EXACT)
 
     return jtu.tree_map(leaf, stack)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from .._custom_types import PyTree
 from .._solution import as_results, Aux, RESULTS, Y
 from .._state import all_finite, peak
+from ..linear_solvers._columns import columns_of
 from ..linear_solvers._dense import matvec
 from . import _root_phases as ph, _vector_space as vs
 from ._root_solve import newton_or_damped_step
@@ -143,7 +144,7 @@ def _evaluate(
         return out_space.ravel(linear(space.unravel(unit)))
 
     def transposed() -> Float[Array, "n n"]:
-        return jax.vmap(column)(jnp.asarray(np.eye(trial.size), trial.dtype))
+        return columns_of(column, trial)
 
     return y, out_space.ravel(out), transposed, aux
 

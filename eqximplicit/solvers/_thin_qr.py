@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from .._custom_types import AbstractLinearSolver, PyTree
+from ..linear_solvers._small import as_matrix
 from ..linear_solvers._spectral import laid_out, Structure, structure_key
 
 
@@ -36,7 +37,7 @@ class ThinQR(AbstractLinearSolver[QRState]):
     ) -> QRState:
         """Returns the factors of the matrix of `operator`."""
         del options
-        q, r = jnp.linalg.qr(operator.as_matrix())
+        q, r = jnp.linalg.qr(as_matrix(operator))
         domain, codomain = operator.in_structure(), operator.out_structure()
         return QRState(q, r, structure_key(domain), structure_key(codomain), False)
 

@@ -1,0 +1,172 @@
+"""The matrix of a linear map without products with the identity, against products."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from eqximplicit.linear_solvers._columns import columns_of
+from eqximplicit.linear_solvers._small import as_matrix
+
+_DRAW = np.random.default_rng(0)
+
+
+def draw(*shape: int, dtype: Any = jnp.float64) -> jax.Array:
+    return jnp.asarray(_DRAW.normal(size=shape), dtype)
+
+
+SQUARE, TALL, CUBE = draw(4, 4), draw(6, 4), draw(3, 4, 5, 2)
+MANY = draw(3, 4, 4)
+
+
+def _pair(y: Any) -> Any:
+    a, b = y
+    return jnp.tanh(a @ SQUARE + b["x"]), {"x": jnp.sin(SQUARE @ b["x"]) * a}
+
+
+def _scanned(y: Any) -> Any:
+    return jax.lax.scan(lambda c, row: (jnp.sin(c * row), c.sum()), y, SQUARE)
+
+
+def _chosen(y: Any) -> Any:
+    return jax.lax.cond(y[0] > 0, lambda y: y @ SQUARE, lambda y: 2 * y, y)
+
+
+# Each `(name, a function, where)`. The matrix is that of its derivative.
+MAPS: list[tuple[str, Callable[[Any], Any], Any]] = [
+    ("nothing", lambda y: y, draw(4)),
+    ("constant", lambda y: jnp.ones(3), draw(4)),
+    ("elementwise", lambda y: -2 * jnp.exp(y) / (1 + TALL[:, 0]), draw(6)),
+    ("two diagonals", lambda y: jnp.sin(y) + y**2 - 3 * y, draw(5)),
+    ("relu", lambda y: jax.nn.relu(y) - y, draw(5)),
+    ("layer", lambda y: y - jnp.tanh(y @ SQUARE + 1), draw(4)),
+    ("layer from the left", lambda y: jnp.tanh(SQUARE @ jnp.sin(y)), draw(4)),
+    ("tall", lambda y: TALL @ (y * SQUARE[0]), draw(4)),
+    ("batch of a layer", lambda y: y - jnp.tanh(y @ SQUARE), draw(3, 4)),
+    ("layer of a transpose", lambda y: SQUARE @ y.T, draw(3, 4)),
+    ("a matrix each", lambda y: jnp.einsum("bij,bj->bi", MANY, y), draw(3, 4)),
+    ("a matrix each, turned", lambda y: jnp.einsum("bi,bij->jb", y, MANY), draw(3, 4)),
+    ("two axes", lambda y: jnp.einsum("abc,dabe->edc", y, CUBE), draw(4, 5, 3)),
+    ("axes crossed", lambda y: jnp.einsum("dabe,bac->edc", CUBE, y), draw(5, 4, 3)),
+    ("outer product", lambda y: jnp.einsum("a,bc->bac", y, SQUARE), draw(3)),
+    ("outer, turned", lambda y: jnp.einsum("bc,a->bac", SQUARE, y), draw(3)),
+    ("inner product", lambda y: jnp.dot(y, SQUARE[0])[None], draw(4)),
+    ("sum", lambda y: jnp.sum(jnp.sin(y)), draw(3, 2)),
+    ("sum over one axis", lambda y: jnp.sum(jnp.sin(y), axis=1), draw(3, 2, 2)),
+    ("differences", lambda y: (y[1:] - y[:-1] ** 2, y[0] - y[2]), draw(4)),
+    ("every other", lambda y: y[::2] - y[1::2], draw(6)),
+    ("reversed", lambda y: y[::-1] + y, draw(4)),
+    ("gathered", lambda y: y[jnp.array([2, 0, 2])], draw(4)),
+    ("cumulative", lambda y: jnp.cumsum(y) * y, draw(4)),
+    ("reshaped", lambda y: (y.reshape(2, 6) @ TALL[:, :3])[None], draw(3, 4)),
+    ("Fortran order", lambda y: y.reshape(6, 2, order="F") @ SQUARE[:2], draw(3, 4)),
+    ("convolution", lambda y: jnp.convolve(y, SQUARE[0], "same"), draw(6)),
+    ("nested", _pair, (draw(4), {"x": draw(4)})),
+    (
+        "three leaves",
+        lambda y: (y[2] * y[1], y[0] @ TALL, y[1]),
+        (draw(6), draw(), draw(2)),
+    ),
+    ("empty leaf", lambda y: (jnp.sin(y[0]), y[1] @ TALL.T), (draw(0), draw(4))),
+    ("scalar", lambda y: jnp.sin(y) * SQUARE, draw()),
+    ("Hessian", jax.grad(lambda y: jax.nn.softplus(TALL @ y).sum() + y @ y), draw(4)),
+    ("scan", _scanned, draw(4)),
+    ("cond", _chosen, draw(4)),
+    ("while", lambda y: jax.lax.fori_loop(0, 3, lambda _, y: y @ SQUARE, y), draw(4)),
+    ("checkpoint", jax.checkpoint(lambda y: jnp.tanh(y @ SQUARE)), draw(4)),
+    ("jitted", jax.jit(lambda y: jnp.tanh(y @ SQUARE)), draw(4)),
+    ("products at once", jax.vmap(lambda y: jnp.tanh(SQUARE @ y)), draw(3, 4)),
+]
+
+
+def _linear(fn: Callable[[Any], Any], y: Any) -> tuple[Callable[[Any], Any], jax.Array]:
+    flat, unravel = ravel_pytree(y)
+    return jax.linearize(lambda x: ravel_pytree(fn(unravel(x)))[0], flat)[1], flat
+
+
+@pytest.mark.parametrize(("fn", "y"), [m[1:] for m in MAPS], ids=[m[0] for m in MAPS])
+def test_same_as_products_with_unit_vectors(fn: Callable[[Any], Any], y: Any) -> None:
+    linear, flat = _linear(fn, y)
+    found = jax.jit(lambda flat: columns_of(linear, flat))(flat)
+    expected = jax.vmap(linear)(jnp.eye(flat.size))
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "name", ["layer", "batch of a layer", "a matrix each", "nested"]
+)
+def test_lanes_have_their_own_matrices(name: str) -> None:
+    _, fn, y = next(m for m in MAPS if m[0] == name)
+    flat, unravel = ravel_pytree(y)
+    points = jnp.stack([flat, 2 * flat, -flat])
+
+    def jacobian(x: jax.Array) -> jax.Array:
+        linear = jax.linearize(lambda x: ravel_pytree(fn(unravel(x)))[0], x)[1]
+        return columns_of(linear, x).T
+
+    expected = jax.vmap(jax.jacfwd(lambda x: ravel_pytree(fn(unravel(x)))[0]))(points)
+    found = jax.jit(jax.vmap(jacobian))(points)
+    np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-14)
+
+
+def test_derivative_of_the_matrix() -> None:
+    def total(w: jax.Array, x: jax.Array, matrix: Callable[..., Any]) -> jax.Array:
+        linear = jax.linearize(lambda x: jnp.tanh(w @ jnp.sin(x)), x)[1]
+        return jnp.sum(jnp.cos(matrix(linear, x)))
+
+    x = draw(4)
+    by_products = lambda linear, x: jax.vmap(linear)(jnp.eye(x.size))
+    found = jax.grad(total, (0, 1))(SQUARE, x, columns_of)
+    expected = jax.grad(total, (0, 1))(SQUARE, x, by_products)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_precision(dtype: Any) -> None:
+    w, y = draw(40, 40, dtype=dtype), draw(40, dtype=dtype)
+    linear = jax.linearize(lambda y: jnp.tanh(w @ y), y)[1]
+    found, expected = columns_of(linear, y), jax.vmap(linear)(jnp.eye(40, dtype=dtype))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_accumulated_in_higher_precision() -> None:
+    w, y = draw(5, 5, dtype=jnp.bfloat16), draw(5, dtype=jnp.bfloat16)
+
+    def product(v: jax.Array) -> jax.Array:
+        return jnp.matmul(w, v * y, preferred_element_type=jnp.float32)
+
+    found = columns_of(product, y)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, jax.vmap(product)(jnp.eye(5, dtype=y.dtype)))
+
+
+def test_matrix_of_an_operator() -> None:
+    y = (draw(3), {"x": draw(2, 2)})
+    fn = lambda v: {"a": v[1]["x"] @ v[1]["x"], "b": v[0] * jnp.sum(v[1]["x"])}
+    linear = jax.linearize(fn, y)[1]
+    operator = lx.FunctionLinearOperator(linear, jax.eval_shape(lambda: y))
+    np.testing.assert_allclose(as_matrix(operator), operator.as_matrix(), rtol=1e-14)
+
+
+def test_a_dense_layer_is_not_multiplied_by_the_identity() -> None:
+    n = 64
+    w, x = draw(n, n), draw(n)
+
+    def matrix(w: jax.Array, x: jax.Array) -> jax.Array:
+        y, linear = jax.linearize(lambda x: x - jnp.tanh(w @ x), x)
+        del y
+        return columns_of(linear, x)
+
+    analysis = jax.jit(matrix).lower(w, x).compile().cost_analysis()
+    # The product that the slope of `tanh` needs, and a few operations on each entry.
+    assert analysis["flops"] < 10 * n**2
