@@ -195,6 +195,20 @@ MUTANTS = [
         "self.inverse",
         TRANSPOSE,
     ),
+    Mutant(
+        "columns of a layer from its rows",
+        "linear_solvers/_columns.py",
+        "pair[:: -1 if side else 1]",
+        "pair[:: 1 if side else -1]",
+        "tests/test_columns.py -k 'layer'",
+    ),
+    Mutant(
+        "slice of a diagonal that stays where it was",
+        "linear_solvers/_columns.py",
+        "start + first",
+        "start",
+        "tests/test_columns.py -k 'differences or split'",
+    ),
 ]
 
 
