@@ -101,7 +101,8 @@ class _Carry(eqx.Module):
 class Outcome(eqx.Module):
     """What any solve, by whatever means, hands to the adjoint.
 
-    Fields as `Solution`. `trusted` is whether the solver itself reported success.
+    Fields as `Solution`. `trusted` is whether the solver itself reported success, and
+    nothing against a derivative there.
     """
 
     y: Any
@@ -198,8 +199,8 @@ def _in_closed_form(run: Run, y: PyTree[Array]) -> Outcome:
     aux = _blank_aux(run, y)
     found = small_newton(run.solver, run.fn, y, run.args, aux, run.max_steps)
     value = from_real(found.y, run.fn.like)
-    trusted = jnp.asarray(is_successful(found.result))
-    stats = {"num_steps": found.num_steps}
+    stats = {"num_steps": found.num_steps, "simple": found.simple}
+    trusted = _has_derivative(is_successful(found.result), stats)
     aux = run.fn.whole_aux(found.aux[1])
     return Outcome(value, aux, found.result, trusted, stats)
 
@@ -218,7 +219,8 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     value = from_real(opened.y, run.fn.like)
     stats = {"num_steps": opened.num_steps, **opened.stats}
     aux = run.fn.whole_aux(opened.aux[1])
-    finished = Outcome(value, aux, RESULTS.successful, opened.solved, stats)
+    trusted = _has_derivative(opened.solved, stats)
+    finished = Outcome(value, aux, RESULTS.successful, trusted, stats)
     arrays, static = eqx.partition(finished, _is_arraylike)
 
     def go_on() -> Any:
@@ -295,9 +297,15 @@ def _outcome(run: Run, carry: _Carry, state: Any) -> Outcome:
     verdict = stats.pop("result", None)  # the solver may have one of its own
     reported = as_results(result if verdict is None else verdict)
     if verdict is not None:
-        trusted = jnp.asarray(is_successful(reported))
+        trusted = is_successful(reported)
+    trusted = _has_derivative(trusted, stats)
     stats = {"num_steps": carry.num_steps, **stats}
     if run.watch is not None:
         stats |= run.watch.stats(carry.record, carry.num_steps)
     value = from_real(y, run.fn.like)
     return Outcome(value, run.fn.whole_aux(aux), reported, trusted, stats)
+
+
+def _has_derivative(solved: Any, stats: dict[str, Any]) -> Bool[Array, ""]:
+    """Whether there is a solution, and one with a derivative for all that was seen."""
+    return jnp.asarray(solved) & stats.get("simple", True)

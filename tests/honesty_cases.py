@@ -93,6 +93,15 @@ def stiff_ridge(y, a):
     return y[0] ** 4 / 4 - a * y[0] ** 2 / 2 + 1e10 * y[1] ** 2
 
 
+def touching(y, a):
+    return jnp.stack([y[0] ** 2 + y[1] ** 2 - 1, y[1] - a])
+
+
+def six_that_turn(y, a):
+    others = y + 0.2 * jnp.sin(jnp.roll(y, 1)) - 1
+    return others.at[0].set((y[0] - 1) ** 2 - a)
+
+
 def complex_root(power_of):
     fn = lambda y, a: power_of(y) - a * (1.0 + 1.0j)
     return root(fn, 1.0 + 0.5j, pick=jnp.real)
@@ -117,6 +126,13 @@ CASES = {
         root(lambda y, a: (y - a) ** 3, 1.0, lambda _, a: a), 2.0, 1.0
     ),
     "root that turns back": Case(root(lambda y, a: y**2 - a), 0.0, None),
+    "root that turns back, by Newton": Case(
+        root(lambda y, a: y**2 - a, 1.0, NEWTON), 0.0, None
+    ),
+    "circle and tangent": Case(root(touching, np.ones(2) / 2), 1.0, None),
+    "root of six that turns back": Case(
+        root(six_that_turn, np.full(6, 2.0)), 0.0, None
+    ),
     "no root": Case(root(lambda y, a: y**2 + a), 1.0, None),
     "no root, by Newton": Case(root(lambda y, a: y**2 + a, 1.0, NEWTON), 1.0, None),
     "line of roots": Case(

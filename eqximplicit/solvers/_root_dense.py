@@ -89,7 +89,7 @@ def _measured_base(base: Base, gradient: Array, atol: float) -> _Measured:
     noise = _ROUNDINGS * float(jnp.finfo(base.x.dtype).eps) * terms
     excess = jnp.abs(base.residual) - jnp.maximum(noise, atol)
     excess = jnp.max(jnp.where(jnp.isnan(excess), jnp.inf, excess))
-    shown = ph.Base(slope, jacobian_norm, length, excess)
+    shown = ph.Base(slope, jacobian_norm, length, excess, jnp.max(noise))
     return _Measured(shown, columns, scaled_slope)
 
 

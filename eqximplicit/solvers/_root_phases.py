@@ -35,6 +35,7 @@ from .._packed import (
     where,
     widened,
 )
+from ._multiple import is_slow
 
 # Steps without halving the residual: at first, when the damped phase is slow, restarts.
 _PATIENCE, _PATIENCE_SLOW, _PATIENCE_RESTART = 10, 5, 2
@@ -83,6 +84,7 @@ class Control(eqx.Module):
     best_max: Array  # largest absolute residual of the best point
     stuck: Array  # no smaller residual can be resolved,
     near: Array  # and that is not so because of the distance from the start
+    multiple: Array  # the best point is a root, and was come to slowly
     num_evaluations: Array
     to_best: Array  # the next trial is the best point so far
     aside: Array  # the direction in which it leaves the base; 0 is Newton's
@@ -123,6 +125,7 @@ class Base(eqx.Module):
     jacobian: Array  # |J|
     length: Array  # |base|
     excess: Array  # |F| entry by entry, above `atol` and rounding; not above 0 if stuck
+    noise: Array  # the largest rounding of an entry
 
 
 class Decision(eqx.Module):
@@ -281,12 +284,16 @@ def after(
     control, trial, base, decision = widened(known, vector)
     accepted, better = decision.accepted > 0, decision.better > 0
     evaluations = 1 + size * decision.wanted
+    # A Jacobian is wanted at every new base but a root.
+    root = better & (decision.wanted == 0) & (trial.largest > base.noise)
+    multiple = root & is_slow(trial.norm, control.base_norm, trial.step, trial.base)
     control = changed(
         control,
         base_norm=where(accepted, trial.norm, control.base_norm),
         best_norm=where(better, trial.norm, control.best_norm),
         best_max=where(better, trial.largest, control.best_max),
         num_evaluations=control.num_evaluations + evaluations,
+        multiple=where(better, multiple, control.multiple > 0),
     )
     length = length_or_one(base.length)
     newton = _after_newton(control, trial, length)

@@ -56,7 +56,8 @@ class AutoRootFinder(
     [`eqximplicit.RESULTS`][]: `local_minimum`, `nonlinear_divergence`,
     `singular_jacobian`, `nonfinite_jacobian` (where one is formed),
     `unattainable_tolerance`, `nonlinear_max_steps_reached` or `nonfinite_start`. Each
-    failing lane of a `jax.vmap` stops by itself.
+    failing lane of a `jax.vmap` stops by itself. `stats["simple"]` is false at a root
+    that was come to as slowly as to a multiple one, where a layer's derivative is NaN.
 
     Above `krylov_above` unknowns no Jacobian is formed: the same name then stands for
     an inexact Newton-Krylov method with backtracking (GMRES, as accurate as Eisenstat
@@ -208,12 +209,13 @@ class AutoRootFinder(
         if isinstance(state, KrylovState):
             reason, largest = why_krylov(state, y, limits), state.largest
             restarts = jnp.zeros_like(state.num_evaluations)
-            evaluations = state.num_evaluations
+            evaluations, simple = state.num_evaluations, jnp.asarray(True)
         else:
             control = read(state.control)
             reason, largest = why(state, y, limits), control.best_max
             restarts = control.num_cycles.astype(int)
             evaluations = control.num_evaluations.astype(int)
+            simple = control.multiple == 0
         ended = result == optx.RESULTS.nonlinear_max_steps_reached
         reason = RESULTS.where(ended, as_results(result), reason)
         stats = {
@@ -221,6 +223,7 @@ class AutoRootFinder(
             "residual_norm": largest,
             "num_evaluations": evaluations,
             "num_restarts": restarts,
+            "simple": simple,
         }
         return y, state.aux, stats
 

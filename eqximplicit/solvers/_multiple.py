@@ -1,0 +1,29 @@
+r"""Roots at which the Jacobian is singular, told by how slowly Newton's method comes.
+
+At a root of multiplicity $m$ a step takes the residual to $((m - 1) / m)^m$ of what it
+was, a quarter to a third, instead of to its square (Reddien, *On Newton's method for
+singular problems*, SIAM J. Numer. Anal. 15, 1978). There the implicit function theorem
+says nothing: the solution may turn back, or part in two. The Jacobian at a point nearby
+is regular, so that the linear solve of a derivative sees nothing of it.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool
+
+# Of the residual, a step leaves at least a quarter at a multiple root.
+_SLOW = 0.2
+# A step of so many roundings of the unknowns is about rounding, which may be slow, too.
+_ROUNDINGS = 2.0**12
+
+
+def is_slow(now: Array, before: Array, step: Array, y: Array) -> Bool[Array, "..."]:
+    """Whether a Newton step to a root was as slow as to one that is not simple.
+
+    **Arguments:** the largest residual `now` and `before`, the largest entry of a
+    `step`, and that of the unknowns.
+    """
+    eps = float(jnp.finfo(y.dtype).eps)
+    slow = lax.gt(now, lax.mul(before, lax.full_like(before, _SLOW)))
+    far = lax.gt(step, lax.mul(y, lax.full_like(y, _ROUNDINGS * eps)))
+    return lax.bitwise_and(slow, far)

@@ -1,0 +1,127 @@
+"""Roots where the implicit function theorem says nothing: NaN, and only there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+from standard_systems import STANDARD_SYSTEMS
+
+import eqximplicit as eqi
+
+NEWTON = optx.Newton(rtol=1e-10, atol=1e-10)
+
+
+def layer(fn, solver=None):
+    return eqi.ImplicitFunction(eqi.Root(fn), solver, throw=False)
+
+
+def coupled(first):
+    """A system of six unknowns, of which the first is alone."""
+
+    def fn(y, a):
+        others = y + 0.2 * jnp.sin(jnp.roll(y, 1)) - 1
+        return others.at[0].set(first(y[0], a))
+
+    return fn
+
+
+def touching(y, a):
+    return jnp.stack([y[0] ** 2 + y[1] ** 2 - 1, y[1] - 1 - a])
+
+
+MULTIPLE = {
+    "turns back": (lambda y, a: y**2 - a, 1.0),
+    "turns back elsewhere": (lambda y, a: (y - 1) ** 2 - a, 2.0),
+    "in small units": (lambda y, a: 1e-3 * (y**2 - a), 1.0),
+    "parts in two": (lambda y, a: y**3 - a * y, 1.0),
+    "circle and tangent": (touching, np.full(2, 0.5)),
+    "of six": (coupled(lambda y, a: (y - 1) ** 2 - a), np.full(6, 2.0)),
+}
+# At a = 0.5, with its slope.
+SIMPLE = {
+    "power": (lambda y, a: y**5 - a, 2.0, 0.2 * 0.5**-0.8),
+    "in large units": (lambda y, a: 1e8 * (y**3 - a), 1.0, 0.5 ** (-2 / 3) / 3),
+    "flat on the way": (lambda y, a: jnp.expm1(y) - a, 20.0, 1 / 1.5),
+    "linear": (lambda y, a: 3 * y - a, 1.0, 1 / 3),
+    "two of them near each other": (
+        lambda y, a: y**2 - 1e-6 * a,
+        1.0,
+        5e-7 / 5e-7**0.5,
+    ),
+    "of six": (coupled(lambda y, a: y**3 - a), np.full(6, 2.0), None),
+}
+
+
+def slopes(fn, y0, a, dtype, solver=None):
+    y0, a = jnp.asarray(y0, dtype), jnp.asarray(a, dtype)
+    solve = lambda a: jnp.ravel(layer(fn, solver)(y0, a))[0]
+    return jax.jvp(solve, (a,), (jnp.ones_like(a),))[1], jax.grad(solve)(a)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("name", MULTIPLE)
+def test_no_derivative_at_a_multiple_root(name, dtype):
+    fn, y0 = MULTIPLE[name]
+    assert np.isnan(slopes(fn, y0, 0.0, dtype)).all()
+    solution = layer(fn).solve(jnp.asarray(y0, dtype), jnp.zeros((), dtype))
+    assert solution.result == eqi.RESULTS.successful
+    assert not solution.stats["simple"]
+
+
+@pytest.mark.parametrize("name", ["turns back", "turns back elsewhere", "parts in two"])
+def test_nor_where_newton_of_optimistix_found_it(name):
+    fn, y0 = MULTIPLE[name]
+    assert np.isnan(slopes(fn, y0, 0.0, jnp.float64, NEWTON)).all()
+    solution = layer(fn, NEWTON).solve(jnp.asarray(y0), jnp.zeros(()))
+    assert solution.result == eqi.RESULTS.successful
+    assert not solution.stats["simple"]
+
+
+@pytest.mark.parametrize("solver", [None, NEWTON], ids=["default", "Newton"])
+@pytest.mark.parametrize("name", SIMPLE)
+def test_simple_roots_have_theirs(name, solver):
+    fn, y0, slope = SIMPLE[name]
+    forward, reverse = slopes(fn, y0, 0.5, jnp.float64, solver)
+    expected = slope if slope is not None else 0.5 ** (-2 / 3) / 3
+    np.testing.assert_allclose([forward, reverse], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_simple_roots_in_single_precision(name):
+    fn, y0, _ = SIMPLE[name]
+    solution = layer(fn).solve(jnp.asarray(y0, jnp.float32), jnp.float32(0.5))
+    assert solution.result == eqi.RESULTS.successful
+    # Nearer to each other than the tolerance can tell, two roots are one.
+    assert solution.stats["simple"] == (name != "two of them near each other")
+
+
+@pytest.mark.parametrize("solver", [None, NEWTON], ids=["default", "Newton"])
+def test_one_lane_is_no_matter_of_the_others(solver):
+    solve = layer(lambda y, a: y**2 - a, solver)
+    lanes = jnp.array([0.0, 4.0, 0.25])
+    found = jax.vmap(jax.grad(lambda a: solve(jnp.array(1.0), a)))(lanes)
+    np.testing.assert_allclose(found, [np.nan, 0.25, 1.0], rtol=1e-6)
+
+
+def test_a_start_at_the_root_is_no_slow_approach():
+    solution = layer(lambda y, a: y**3 - a).solve(jnp.array(2.0), jnp.array(8.0))
+    assert solution.stats["simple"]
+
+
+# More and Cosnard's and others' systems whose Jacobian is singular at the root.
+SINGULAR = {"Powell singular", "sample 19"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", STANDARD_SYSTEMS, ids=lambda system: system.name)
+def test_standard_systems_are_simple_but_for_those_known_not_to_be(system):
+    solution = optx.root_find(
+        system.fn,
+        eqi.AutoRootFinder(),
+        jnp.asarray(system.start),
+        max_steps=512,
+        throw=False,
+    )
+    if solution.result == optx.RESULTS.successful:
+        assert solution.stats["simple"] == (system.name not in SINGULAR)
