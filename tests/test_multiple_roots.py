@@ -78,8 +78,13 @@ def test_nor_where_newton_of_optimistix_found_it(name):
     assert not solution.stats["simple"]
 
 
-@pytest.mark.parametrize("solver", [None, NEWTON], ids=["default", "Newton"])
-@pytest.mark.parametrize("name", SIMPLE)
+# The residual that this asks for, rounding does not allow in large units.
+BY_NEWTON = [(name, NEWTON) for name in SIMPLE if name != "in large units"]
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [*((name, None) for name in SIMPLE), *BY_NEWTON]
+)
 def test_simple_roots_have_theirs(name, solver):
     fn, y0, slope = SIMPLE[name]
     forward, reverse = slopes(fn, y0, 0.5, jnp.float64, solver)
