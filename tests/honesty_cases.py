@@ -133,6 +133,11 @@ CASES = {
     "root of six that turns back": Case(
         root(six_that_turn, np.full(6, 2.0)), 0.0, None
     ),
+    # Neither is close enough to one that does.
+    "roots near each other": Case(
+        root(lambda y, a: y**2 - 1e-6 * a), 0.5, 5e-7 / 5e-7**0.5
+    ),
+    "root of six": Case(root(six_that_turn, np.full(6, 2.0), pick=first), 0.25, 1.0),
     "no root": Case(root(lambda y, a: y**2 + a), 1.0, None),
     "no root, by Newton": Case(root(lambda y, a: y**2 + a, 1.0, NEWTON), 1.0, None),
     "line of roots": Case(
