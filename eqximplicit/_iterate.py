@@ -308,4 +308,5 @@ def _outcome(run: Run, carry: _Carry, state: Any) -> Outcome:
 
 def _has_derivative(solved: Any, stats: dict[str, Any]) -> Bool[Array, ""]:
     """Whether there is a solution, and one with a derivative for all that was seen."""
-    return jnp.asarray(solved) & stats.get("simple", True)
+    solved = jnp.asarray(solved)
+    return solved & stats["simple"] if "simple" in stats else solved
