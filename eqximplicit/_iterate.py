@@ -199,8 +199,8 @@ def _in_closed_form(run: Run, y: PyTree[Array]) -> Outcome:
     aux = _blank_aux(run, y)
     found = small_newton(run.solver, run.fn, y, run.args, aux, run.max_steps)
     value = from_real(found.y, run.fn.like)
-    stats = {"num_steps": found.num_steps, "simple": found.simple}
-    trusted = _has_derivative(is_successful(found.result), stats)
+    trusted = jnp.asarray(is_successful(found.result))
+    stats = {"num_steps": found.num_steps}
     aux = run.fn.whole_aux(found.aux[1])
     return Outcome(value, aux, found.result, trusted, stats)
 
@@ -219,8 +219,7 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     value = from_real(opened.y, run.fn.like)
     stats = {"num_steps": opened.num_steps, **opened.stats}
     aux = run.fn.whole_aux(opened.aux[1])
-    trusted = _has_derivative(opened.solved, stats)
-    finished = Outcome(value, aux, RESULTS.successful, trusted, stats)
+    finished = Outcome(value, aux, RESULTS.successful, opened.solved, stats)
     arrays, static = eqx.partition(finished, _is_arraylike)
 
     def go_on() -> Any:

@@ -17,13 +17,12 @@ _SLOW = 0.2
 _ROUNDINGS = 2.0**12
 
 
-def is_slow(now: Array, before: Array, step: Array, y: Array) -> Bool[Array, "..."]:
-    """Whether a Newton step to a root was as slow as to one that is not simple.
+def is_slow(now: Array, before: Array) -> Bool[Array, "..."]:
+    """Whether a Newton step took so little off a residual as at a multiple root."""
+    return lax.gt(now, lax.mul(before, lax.full_like(before, _SLOW)))
 
-    **Arguments:** the largest residual `now` and `before`, the largest entry of a
-    `step`, and that of the unknowns.
-    """
+
+def is_seen(step: Array, y: Array) -> Bool[Array, "..."]:
+    """Whether a step is more than rounding, by its length and that of the unknowns."""
     eps = float(jnp.finfo(y.dtype).eps)
-    slow = lax.gt(now, lax.mul(before, lax.full_like(before, _SLOW)))
-    far = lax.gt(step, lax.mul(y, lax.full_like(y, _ROUNDINGS * eps)))
-    return lax.bitwise_and(slow, far)
+    return lax.gt(step, lax.mul(y, lax.full_like(y, _ROUNDINGS * eps)))

@@ -35,7 +35,7 @@ from .._packed import (
     where,
     widened,
 )
-from ._multiple import is_slow
+from ._multiple import is_seen, is_slow
 
 # Steps without halving the residual: at first, when the damped phase is slow, restarts.
 _PATIENCE, _PATIENCE_SLOW, _PATIENCE_RESTART = 10, 5, 2
@@ -286,14 +286,14 @@ def after(
     evaluations = 1 + size * decision.wanted
     # A Jacobian is wanted at every new base but a root.
     root = better & (decision.wanted == 0) & (trial.largest > base.noise)
-    multiple = root & is_slow(trial.norm, control.base_norm, trial.step, trial.base)
+    multiple = is_slow(trial.norm, control.base_norm) & is_seen(trial.step, trial.base)
     control = changed(
         control,
         base_norm=where(accepted, trial.norm, control.base_norm),
         best_norm=where(better, trial.norm, control.best_norm),
         best_max=where(better, trial.largest, control.best_max),
         num_evaluations=control.num_evaluations + evaluations,
-        multiple=where(better, multiple, control.multiple > 0),
+        multiple=where(better, root & multiple, control.multiple > 0),
     )
     length = length_or_one(base.length)
     newton = _after_newton(control, trial, length)

@@ -40,7 +40,7 @@ _STEPS = LEAST_BUDGET // 2
 # So many times farther away than the start from the origin, a root is another matter.
 _FAR = 100.0
 # What is left to be done by a Newton iteration that is over, and why it is.
-_DONE, _SINGULAR, _NONFINITE, _MULTIPLE = 0.0, -1.0, -2.0, -3.0
+_DONE, _SINGULAR, _NONFINITE = 0.0, -1.0, -2.0
 # Linear solvers that are Gaussian elimination or Cramer's rule at this size.
 _DIRECT = (lx.AutoLinearSolver, lx.LU, AutoLinearSolver, DirectLU)
 
@@ -157,11 +157,10 @@ def newton_opening(
         seen = problem.look(y)
         largest = closed.largest(seen.f)
         there = lax.le(largest, lax.full_like(largest, atol))
-        # Below zero where the root is not simple.
-        slow = lax.bitwise_and(there, _is_slow(largest, before, seen.move, y))
-        left = lax.select(slow, lax.neg(largest), largest)
-        none = lax.full_like(left, -jnp.inf)
-        left = lax.select(lax.is_finite(largest), left, none)
+        # A root that may not be simple the robust solver judges, which knows rounding.
+        slow = lax.bitwise_and(there, is_slow(largest, before))
+        good = lax.bitwise_and(lax.is_finite(largest), lax.bitwise_not(slow))
+        left = lax.select(good, largest, lax.full_like(largest, -1))
         left = lax.select(_exceeds(before, atol), left, before)
         return _moved(lax.bitwise_not(there), y, seen.move), seen.aux, left
 
@@ -169,22 +168,15 @@ def newton_opening(
     # A residual may also vanish at infinity: what is far away the robust solver judges.
     way = [new - old for new, old in zip(c.y, carry.y, strict=True)]
     near = closed.largest(way) <= _FAR * jnp.maximum(closed.largest(carry.y), 1)
-    residual = jnp.abs(c.left)
-    solved = (residual <= atol) & near
+    solved = (c.left >= 0) & (c.left <= atol) & near
     stats = {
-        "residual_norm": residual,
+        "residual_norm": c.left,
         "num_evaluations": c.steps * (1 + vs.size(y)),
         "num_restarts": jnp.zeros((), int),
-        "simple": c.left >= 0,
+        "simple": jnp.asarray(True),
     }
     start = vs.select(solved, small.from_entries(c.y, problem.struct), y)
     return Opened(start, c.aux, solved, c.steps, jnp.asarray(_STEPS), stats)
-
-
-def _is_slow(
-    now: Array, before: Array, move: list[Array], y: list[Array]
-) -> Bool[Array, ""]:
-    return is_slow(now, before, closed.largest(move), closed.largest(y))
 
 
 def is_closed_form(solver: Any, y: PyTree[Array], options: dict[str, Any]) -> bool:
@@ -200,13 +192,12 @@ def is_closed_form(solver: Any, y: PyTree[Array], options: dict[str, Any]) -> bo
 
 
 class Newtons(NamedTuple):
-    """Where `optimistix.Newton` has come, and whether to a simple root."""
+    """Where `optimistix.Newton` has come."""
 
     y: PyTree[Array]
     aux: Any
     result: RESULTS
     num_steps: Int[Array, ""]
-    simple: Bool[Array, ""]
 
 
 def small_newton(
@@ -232,28 +223,22 @@ def small_newton(
         over = lax.bitwise_and(
             _within(solver, step, new), _within(solver, seen.f, nothing)
         )
-        codes = _DONE, _SINGULAR, _NONFINITE, _MULTIPLE
-        done, singular, nonfinite, multiple = (
-            lax.full_like(before, code) for code in codes
+        done, singular, nonfinite = (
+            lax.full_like(before, code) for code in (_DONE, _SINGULAR, _NONFINITE)
         )
-        largest = closed.largest(seen.f)
-        slow = _is_slow(largest, before, step, new)
-        cause = lax.select(lax.is_finite(largest), singular, nonfinite)
-        # Above zero: the residual, for the next step to compare with.
-        left = lax.max(largest, lax.full_like(largest, jnp.finfo(largest.dtype).tiny))
-        now = lax.select(over, lax.select(slow, multiple, done), left)
+        finite = lax.is_finite(closed.largest(seen.f))
+        cause = lax.select(finite, singular, nonfinite)
+        now = lax.select(over, done, before)
         now = lax.select(lax.is_finite(closed.largest(new)), now, cause)
         return new, seen.aux, lax.select(going, now, before)
 
-    c = _loop(step, _DONE, _begin(y, aux, jnp.inf), max_steps)
+    c = _loop(step, _DONE, _begin(y, aux, 1.0), max_steps)
     found = small.from_entries(c.y, problem.struct)
-    simple = c.left != _MULTIPLE
-    return Newtons(found, c.aux, _result(c.left), c.steps, simple)
+    return Newtons(found, c.aux, _result(c.left), c.steps)
 
 
 def _result(left: Array) -> RESULTS:
-    done = (left == _DONE) | (left == _MULTIPLE)
-    ended = (done, left == _SINGULAR, left == _NONFINITE)
+    ended = (left == _DONE, left == _SINGULAR, left == _NONFINITE)
     results = (RESULTS.successful, RESULTS.singular, RESULTS.nonfinite)
     out = RESULTS.nonlinear_max_steps_reached
     for here, result in zip(ended, results, strict=True):
