@@ -98,8 +98,8 @@ def outcomes(name):
     return tuple(found)
 
 
-# The default root finder sees how slowly it comes to such a root. What optimistix claims
-# is all there is to go by. The list is exact: a case that leaves it fails here.
+# The default root finder sees how slowly it comes to such a root. What optimistix says
+# is all there is to go by here. The list is exact: a case that leaves it fails.
 FALSE_CLAIMS = {"root that turns back, by Newton"}
 
 
