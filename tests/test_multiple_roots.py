@@ -104,7 +104,7 @@ def test_a_start_at_the_root_is_no_slow_approach():
     assert solution.stats["simple"]
 
 
-# More and Cosnard's and others' systems whose Jacobian is singular at the root.
+# Those whose Jacobian is singular at the root.
 SINGULAR = {"Powell singular", "sample 19"}
 
 
@@ -118,5 +118,5 @@ def test_standard_systems_are_simple_but_for_those_known_not_to_be(system):
         max_steps=512,
         throw=False,
     )
-    if solution.result == optx.RESULTS.successful:
-        assert solution.stats["simple"] == (system.name not in SINGULAR)
+    assert solution.result == optx.RESULTS.successful
+    assert solution.stats["simple"] == (system.name not in SINGULAR)

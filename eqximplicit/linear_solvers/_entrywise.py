@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from ._closed_form import Scalars
-from ._equation import as_function, CALLS, Equation, variables
+from ._equation import as_function, CALLS, Equation, evaluated, variables
 from ._moves import moved, MOVES
 from ._small import entries
 
@@ -141,19 +141,11 @@ def _entries(value: Value) -> Scalars:
 def _evaluate(
     jaxpr: jex.Jaxpr, consts: Sequence[Value], args: Sequence[Value]
 ) -> list[Value]:
-    env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
+    return evaluated(jaxpr, consts, args, _step, _literal)
 
-    def read(atom: Any) -> Value:
-        if isinstance(atom, jex.Literal):
-            aval: Any = atom.aval
-            return _objects([np.asarray(atom.val, aval.dtype)[()]], ())
-        return env[atom]
 
-    for eqn in jaxpr.eqns:
-        outs = _step(eqn, list(map(read, eqn.invars)))
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return list(map(read, jaxpr.outvars))
+def _literal(atom: Any) -> Value:
+    return _objects([np.asarray(atom.val, atom.aval.dtype)[()]], ())
 
 
 def _step(eqn: Equation, ins: list[Value]) -> list[Value]:

@@ -1,14 +1,38 @@
 """Equations of a jaxpr that are evaluated by other means than JAX's."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax.extend.core as jex
 from jaxtyping import Array
 
 Equation: TypeAlias = Any  # `jax.extend.core.JaxprEqn`, which has no static type
 
+T = TypeVar("T")
 CALLS = ("jit", "pjit")
+
+
+def evaluated(
+    jaxpr: jex.Jaxpr,
+    consts: Sequence[T],
+    args: Sequence[T],
+    step: Callable[[Equation, list[T]], Sequence[T]],
+    literal: Callable[[Any], T],
+) -> list[T]:
+    """What `step` makes of each equation in turn, up to the results of `jaxpr`.
+
+    `literal` is given an atom that is no variable, and returns its value.
+    """
+    env: dict[Any, T] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> T:
+        return literal(atom) if isinstance(atom, jex.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        outs = step(eqn, list(map(read, eqn.invars)))
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return list(map(read, jaxpr.outvars))
 
 
 def variables(eqn: Equation, values: Sequence[Any]) -> dict[Any, Any]:

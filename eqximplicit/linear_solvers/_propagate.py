@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 from jax.core import Tracer
 
-from ._equation import Equation
+from ._equation import Equation, evaluated
 from ._moves import moved, MOVES
 
 Pattern: TypeAlias = Any  # sp.csr_array of booleans; SciPy has no static types
@@ -277,15 +277,11 @@ def propagate(
 
     **Raises:** `UnknownPrimitive`, `TooDense`.
     """
-    env: dict[Any, Traced] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(atom: Any) -> Traced:
-        if isinstance(atom, jex.Literal):
-            return Traced(known=known_value(np.asarray(atom.val)))
-        return env[atom]
+    def step(eqn: Equation, ins: list[Traced]) -> list[Traced]:
+        return _step(eqn, ins, limit)
 
-    for eqn in jaxpr.eqns:
-        outs = _step(eqn, [read(v) for v in eqn.invars], limit)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    def literal(atom: Any) -> Traced:
+        return Traced(known=known_value(np.asarray(atom.val)))
+
+    return evaluated(jaxpr, consts, args, step, literal)

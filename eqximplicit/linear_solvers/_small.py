@@ -118,10 +118,12 @@ def is_placed(struct: PyTree[ShapeDtypeStruct]) -> bool:
 def as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
     """The matrix of an operator, columns and rows in the order of its leaves.
 
-    lineax forgets the sharding of a structure on its way to the matrix, and then finds
-    that the two sides of a symmetric operator differ (0.1.1).
+    Not by lineax (0.1.1), which multiplies a dense layer by the identity, forgets the
+    sharding of a structure on its way to the matrix, and then finds that the two sides
+    of a symmetric operator differ.
     """
-    struct, placed = operator.in_structure(), is_placed(operator.in_structure())
+    struct = operator.in_structure()
+    placed = is_placed(struct)
     if not placed and not isinstance(operator, lx.FunctionLinearOperator):
         return operator.as_matrix()
     flat, unravel = ravel_pytree(jtu.tree_map(_zeros, struct))

@@ -28,7 +28,7 @@ from .sparse import SparseDirect
 #     n      LU + solve   Picard     Cholesky + solve   CG
 #     10     50 us        25 us      60 us              30 us
 #     50     80 us        45 us      100 us             80 us
-#     100    150 us       70 us      190 us             160 us
+#     100    150 us       70 us      190 us (n = 110)   160 us
 #     200    530 us       180 us     510 us             350 us
 #     1000   25 000 us    7400 us
 # And a matrix of a lane each is eliminated lane by lane.
