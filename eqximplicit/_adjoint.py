@@ -19,12 +19,14 @@ from ._custom_types import check_instance, LinearSolver, PyTree
 from ._implicit import implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import is_successful, RESULTS, where_result
-from ._state import greatest, stop_gradient
+from ._state import coarse_epsilon, greatest, stop_gradient
 from .linear_solvers import AutoLinearSolver
 from .solvers import AbstractHostSolver, AutoRootFinder, Broyden, FIRE
+from .solvers._default import ROUNDINGS
 
 # A solver measures the distance from a solution in its own way: it is held to its
-# tolerance times this, and never to more than two digits of a state of order one.
+# tolerance times this, and never to more than two digits of a state of order one, nor
+# to its own roundings.
 _SLACK, _DIGITS = 100.0, 1e-2
 # Their step is itself the estimate of the distance.
 _MEASURED = (optx.Newton, optx.Chord)
@@ -94,7 +96,9 @@ def _structure(tree: Any) -> Any:
     return [(x.shape, x.dtype) for x in leaves] if all(arrays) else None, structure
 
 
-def _claim_of(solver: Any, condition: AbstractCondition[Any, Any]) -> Claim | None:
+def _claim_of(
+    solver: Any, condition: AbstractCondition[Any, Any], y: PyTree[Array]
+) -> Claim | None:
     """What `solver` claims by reporting success; `None` if nothing is to be tested.
 
     optimistix's own solvers are held to a distance, and root finders that judge by the
@@ -102,11 +106,11 @@ def _claim_of(solver: Any, condition: AbstractCondition[Any, Any]) -> Claim | No
     claimed nothing, and the other solvers of this package measure what they claim.
     """
     theirs = type(solver).__module__.partition(".")[0] == "optimistix"
-    distance = None
+    distance, least = None, max(_DIGITS, ROUNDINGS * (coarse_epsilon(y) or 0))
     if theirs and not isinstance(solver, _MEASURED):
-        distance = greatest(_SLACK * solver.rtol, _SLACK * solver.atol, _DIGITS)
+        distance = greatest(_SLACK * solver.rtol, _SLACK * solver.atol, least)
     elif isinstance(solver, _BY_RESIDUAL):
-        distance = _DIGITS
+        distance = least
     extremal = isinstance(condition, (Minimum, LeastSquares))
     minimum = extremal and (theirs or isinstance(solver, (FIRE, AbstractHostSolver)))
     claims = distance is not None or minimum
@@ -158,7 +162,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             aux=outcome.aux,
             trusted=outcome.trusted,
             elsewhere=_if_like(detached.y0, outcome.y),
-            claim=_claim_of(detached.solver, solve.condition),
+            claim=_claim_of(detached.solver, solve.condition, outcome.y),
         )
         return eqx.tree_at(lambda o: o.y, outcome, y)
 

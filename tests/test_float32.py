@@ -150,6 +150,23 @@ def test_default_solvers_reach_what_half_precision_can(condition, truth, dtype):
 
 
 @HALVES
+def test_rounding_in_half_precision_is_no_doubt_in_a_root(dtype):
+    layer = eqi.ImplicitFunction(eqi.Root(lambda y, a: y**3 + y - a))
+
+    @jax.jit
+    @jax.vmap
+    def run(a):
+        y, pullback = jax.vjp(lambda a: layer(jnp.ones_like(a), a), a)
+        return y, pullback(jnp.ones_like(a))[0]
+
+    draws = np.random.default_rng(0).uniform(0.5, 4, (200, 3))
+    y, slope = run(jnp.asarray(draws, dtype))
+    tol = 8 * float(jnp.finfo(dtype).eps)
+    expected = 1 / (3 * np.asarray(y, float) ** 2 + 1)
+    assert_close(slope.astype(float), expected, tol=tol)
+
+
+@HALVES
 def test_a_residual_of_roundings_alone_is_no_local_minimum(dtype):
     layer = eqi.ImplicitFunction(eqi.Root(lambda y, a: y**3 + y - a), throw=False)
     result = layer.solve(jnp.ones(3, dtype), jnp.array([30.0, 60, 90], dtype)).result
