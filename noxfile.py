@@ -31,10 +31,15 @@ def examples() -> list[Path]:
 
 
 def pytest(session: nox.Session, *args: str, empty_is_fine: bool = False) -> None:
-    """Run pytest on two processes; files stay whole, so each compiles once."""
+    """Run pytest on two processes; files stay whole, and each program compiles once."""
+    compiled = str(Path(session.create_tmp()).resolve() / "compiled")
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": compiled,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     session.run(
         *("pytest", "-n", "2", "--dist", "loadfile", *args, *session.posargs),
-        env=ONE_THREAD,
+        env=ONE_THREAD | cache,
         success_codes=[0, 5] if empty_is_fine else [0],
     )
 
