@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from eqximplicit.linear_solvers._bands import diagonals_of
 from eqximplicit.linear_solvers._columns import columns_of
 from eqximplicit.linear_solvers._small import as_matrix
 
@@ -88,6 +89,93 @@ MAPS: list[tuple[str, Callable[[Any], Any], Any]] = [
     ("jitted", jax.jit(lambda y: jnp.tanh(y @ SQUARE)), draw(4)),
     ("products at once", jax.vmap(lambda y: jnp.tanh(SQUARE @ y)), draw(3, 4)),
 ]
+
+
+def _flux(y: Any) -> Any:
+    wide = jnp.pad(y, 1)
+    return y - jnp.diff((1 + wide[1:] ** 2) * jnp.diff(wide))
+
+
+def _rows(y: Any) -> Any:
+    return jnp.concatenate([y[:1] ** 2, y[2:] - y[:-2], 3 * y[-1:]])
+
+
+COLUMN = ((0, 0), (0, 1))  # is added behind the others
+# Each with the diagonals that are found, or `None`.
+STENCILS: list[tuple[str, Callable[[Any], Any], Any, Any]] = [
+    ("differences in place", _flux, draw(7), {-1, 0, 1}),
+    ("with walls", _rows, draw(6), {-1, 0, 1}),
+    ("of rows", _rows, draw(4, 3), {-3, 0, 3}),
+    ("of one row", lambda y: jnp.pad(y[:, 1:] ** 2, ((0, 0), (0, 1))), draw(1, 4), {1}),
+    (
+        "of columns",
+        lambda y: jnp.pad(y[:, 1:], ((0, 0), (0, 1))) ** 2,
+        draw(3, 4),
+        None,
+    ),
+    ("turned around", lambda y: jnp.roll(y, 1) * y, draw(5), {-1, 0, 4}),
+    ("cropped", lambda y: jax.lax.pad(y, 0.0, [(-1, 1, 0)]) - y, draw(5), {0, 1}),
+    ("spread", lambda y: jax.lax.pad(y[:3], 0.0, [(0, 0, 1)]), draw(5), None),
+    ("pieces exchanged", lambda y: jnp.concatenate(y_parts(y)[::-1]), draw(6), {-2, 4}),
+    ("upwind", lambda y: y * jnp.where(y > 0, y - left(y), left(y)), draw(6), {-1, 0}),
+    ("forward less", lambda y: left(y) - y**2, draw(5), {-1, 0}),
+    ("chosen", lambda y: jnp.where(y > 0, left(y), 2 * y), draw(6), {-1, 0}),
+    ("summed up", lambda y: jnp.cumsum(y), draw(4), None),
+    ("wide", lambda y: sum(jnp.roll(y, k) for k in range(5)), draw(9), None),
+    ("halves", lambda y: jnp.sum(jnp.stack([left(y), y]), 0), draw(5), None),
+    ("nowhere", lambda y: jnp.ones(4), draw(4), None),
+    ("one", lambda y: jnp.sin(y), draw(1), {0}),
+]
+
+
+def left(y: Any) -> Any:
+    return jnp.pad(y, (1, 0))[:-1]
+
+
+def y_parts(y: Any) -> Any:
+    return jax.lax.split(y, (4, 2))
+
+
+MAPS += [("stencil, " + name, fn, y) for name, fn, y, _ in STENCILS]
+
+
+@pytest.mark.parametrize("stencil", STENCILS, ids=[s[0] for s in STENCILS])
+def test_diagonals_of_stencils(stencil: Any) -> None:
+    _, fn, y, wanted = stencil
+    linear, flat = _linear(fn, y)
+    found = diagonals_of(linear, jax.eval_shape(lambda: flat))
+    assert (None if found is None else set(found.diagonals)) == wanted
+    if found is None:
+        return
+    assert found.linear
+    matrix = np.zeros((flat.size, flat.size))
+    for start, entries in found.diagonals.items():
+        for i, entry in enumerate(entries):
+            if 0 <= i + start < flat.size:
+                matrix[i, i + start] += entry
+            else:
+                assert entry == 0
+    expected = jax.vmap(linear)(jnp.eye(flat.size)).T
+    np.testing.assert_allclose(matrix, expected, rtol=1e-14)
+
+
+AFFINE = {
+    "pieces": lambda y: jnp.concatenate([y[:2], jnp.ones(1), y[3:]]),
+    "choice": lambda y: jnp.where(jnp.arange(5) == 2, 1.0, y),
+    "padding": lambda y: jax.lax.pad(y[1:], 1.0, [(1, 0, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_a_map_that_is_not_linear_is_told(name: str) -> None:
+    found = diagonals_of(AFFINE[name], jax.ShapeDtypeStruct((5,), jnp.float64))
+    assert found is not None
+    assert not found.linear
+
+
+@pytest.mark.parametrize("fn", [lambda y: y * y, lambda y: 1 / y, lambda y: y + 1])
+def test_a_map_that_is_not_linear_has_no_diagonals(fn: Callable[[Any], Any]) -> None:
+    assert diagonals_of(fn, jax.ShapeDtypeStruct((5,), jnp.float64)) is None
 
 
 def _linear(fn: Callable[[Any], Any], y: Any) -> tuple[Callable[[Any], Any], jax.Array]:

@@ -1,11 +1,15 @@
 """Plans for diagonal and tridiagonal matrices."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact
 
+from .._custom_types import ShapeDtypeStruct
 from .._state import every
+from ._bands import diagonals_of
 from ._coloring import bands, colour
 from ._plan import (
     AbstractPlan,
@@ -19,12 +23,29 @@ from ._plan import (
 from ._structure import Structure
 
 
+def _within(
+    reach: int, linear: Callable[[Array], Array], struct: ShapeDtypeStruct
+) -> tuple[list[Inexact[Array, " n"]], Bool[Array, ""]] | None:
+    """The diagonals up to `reach` from the middle, or `None` if those are not all."""
+    found = diagonals_of(linear, struct)
+    if found is None or any(abs(start) > reach for start in found.diagonals):
+        return None
+    zero, reached = jnp.zeros(struct.shape, struct.dtype), range(-reach, reach + 1)
+    return [found.diagonals.get(start, zero) for start in reached], found.linear
+
+
 class DiagonalPlan(AbstractPlan):
     """Diagonal matrices: entries of shape `(n,)`."""
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
         self.colouring = colour(structure)
+
+    def derived(
+        self, linear: Callable[[Array], Array], struct: ShapeDtypeStruct
+    ) -> tuple[Inexact[Array, " n"], Bool[Array, ""]] | None:
+        found = _within(0, linear, struct)
+        return None if found is None else (found[0][0], found[1])
 
     def read(self, products: Inexact[Array, "1 n"]) -> Inexact[Array, " n"]:
         return products[0]
@@ -91,6 +112,15 @@ class TridiagonalPlan(AbstractPlan):
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
         self.colouring = colour(structure)
+
+    def derived(
+        self, linear: Callable[[Array], Array], struct: ShapeDtypeStruct
+    ) -> tuple[_Bands, Bool[Array, ""]] | None:
+        found = _within(1, linear, struct)
+        if found is None:
+            return None
+        (lower, middle, upper), is_linear = found
+        return (lower, middle, upper), is_linear
 
     def read(self, products: Inexact[Array, "count n"]) -> _Bands:
         lower, upper = self.structure.lower, self.structure.upper

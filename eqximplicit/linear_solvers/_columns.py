@@ -2,8 +2,8 @@
 
 `jax.vmap` over unit vectors multiplies whatever a map does first by the identity. Where
 that is a dense layer, it is three times the work of elimination. Here unit vectors stay
-a diagonal, one number for each, until an operation mixes entries; a contraction of a
-diagonal is the other operand, scaled.
+a diagonal, one number for each, or a few of them, until an operation mixes entries; a
+contraction of a diagonal is the other operand, scaled.
 """
 
 import functools
@@ -14,17 +14,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from ._bands import Bands, followed, is_banded, units
 from ._equation import as_function, CALLS, Equation, evaluated, variables
-
-
-class Diagonal(NamedTuple):
-    """`entries[i]` in column `start + i`, by flat index `i`, and zero in the others."""
-
-    entries: Array
-    start: int
 
 
 class Columns(NamedTuple):
@@ -33,9 +28,8 @@ class Columns(NamedTuple):
     array: Inexact[Array, "n ..."]
 
 
-# Anything else is a constant, the same in every column.
+# Anything but `Bands` and `Columns` is a constant, the same in every column.
 Value: TypeAlias = Any
-Rule: TypeAlias = Callable[[int, Equation, list[Value]], list[Value] | None]
 
 
 def columns_of(
@@ -51,8 +45,7 @@ def columns_of(
     """
     struct = jax.eval_shape(lambda: like)
     closed, n = jax.make_jaxpr(linear)(struct), struct.shape[0]
-    units = Diagonal(lax.full(struct.shape, 1, struct.dtype), 0)
-    [image] = _evaluate(n, closed.jaxpr, closed.consts, [units])
+    [image] = _evaluate(n, closed.jaxpr, closed.consts, [units(struct)])
     return _in_full(n, image, closed.jaxpr.outvars[0].aval)
 
 
@@ -64,14 +57,14 @@ def _evaluate(
 
 
 def _step(n: int, eqn: Equation, ins: list[Value]) -> list[Value]:
-    if not any(isinstance(x, Diagonal) for x in ins):
-        return _in_each(n, eqn, ins)
-    if eqn.primitive.name in CALLS:
+    if is_banded(ins) and eqn.primitive.name in CALLS:
         body = eqn.params["jaxpr"]
         return _evaluate(n, body.jaxpr, body.consts, ins)
-    rule = _RULES.get(eqn.primitive.name)
-    mixed = any(isinstance(x, Columns) for x in ins)
-    outs = None if rule is None or mixed else rule(n, eqn, ins)
+    if not is_banded(ins) or any(isinstance(x, Columns) for x in ins):
+        return _in_each(n, eqn, ins)
+    outs = followed(eqn, ins)
+    if outs is None and (mixing := _MIXING.get(eqn.primitive.name)):
+        return [Columns(mixing(n, eqn, ins))]
     return _in_each(n, eqn, ins) if outs is None else outs
 
 
@@ -79,7 +72,7 @@ def _in_each(n: int, eqn: Equation, ins: list[Value]) -> list[Value]:
     """By `jax.vmap` over the columns."""
     read = variables(eqn, ins)
     call = as_function(eqn, list(read))
-    lanes = [0 if isinstance(x, Diagonal | Columns) else None for x in read.values()]
+    lanes = [0 if isinstance(x, Bands | Columns) else None for x in read.values()]
     if 0 not in lanes:
         return list(call(*read.values()))
     full = [
@@ -92,11 +85,15 @@ def _in_each(n: int, eqn: Equation, ins: list[Value]) -> list[Value]:
 def _in_full(n: int, x: Value, aval: Any) -> Inexact[Array, "n ..."]:
     if isinstance(x, Columns):
         return x.array
-    if not isinstance(x, Diagonal):
+    if not isinstance(x, Bands):
         return jnp.broadcast_to(jnp.asarray(x, aval.dtype), (n, *aval.shape))
-    flat = lax.reshape(x.entries, (x.entries.size,))
-    rows = _placed(n, _tied(flat, 1, flat.shape, {0: 0}), x.start)
-    return lax.reshape(rows, (n, *x.entries.shape))
+    wide = n, math.prod(aval.shape)
+    column, row = (lax.broadcasted_iota(jnp.int32, wide, axis) for axis in (0, 1))
+    out = lax.full(wide, 0, aval.dtype)
+    for start, entries in x.diagonals.items():
+        here = lax.eq(column, row + np.int32(start))
+        out = lax.select(here, lax.broadcast_in_dim(entries.ravel(), wide, (1,)), out)
+    return lax.reshape(out, (n, *aval.shape))
 
 
 def _tied(
@@ -126,98 +123,51 @@ def _placed(n: int, rows: Array, start: int) -> Array:
     return lax.pad(rows, lax.full_like(rows, 0, shape=()), padding)
 
 
-# --- What keeps a diagonal ------------------------------------------------------------
-
-
-def _elementwise(n: int, eqn: Equation, ins: list[Value]) -> list[Value] | None:
-    del n
-    aval, found = eqn.outvars[0].aval, [x for x in ins if isinstance(x, Diagonal)]
-    starts = {x.start for x in found}
-    if len(starts) > 1 or any(x.entries.shape != aval.shape for x in found):
-        return None
-    # What is added beside a diagonal is zero, or the map would not be linear.
-    operands = [x.entries if isinstance(x, Diagonal) else x for x in ins]
-    return [Diagonal(eqn.primitive.bind(*operands, **eqn.params), starts.pop())]
-
-
-def _sum_of_two(n: int, eqn: Equation, ins: list[Value]) -> list[Value] | None:
-    both = all(isinstance(x, Diagonal) for x in ins)
-    return _elementwise(n, eqn, ins) if both else None
-
-
-def _reshaped(n: int, eqn: Equation, ins: list[Value]) -> list[Value] | None:
-    del n
-    shape, (entries, start) = eqn.outvars[0].aval.shape, ins[0]
-    turned = eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None
-    if turned or math.prod(shape) != entries.size:
-        return None
-    return [Diagonal(lax.reshape(entries, shape), start)]
-
-
-def _sliced(n: int, eqn: Equation, ins: list[Value]) -> list[Value] | None:
-    del n
-    entries, start = ins[0]
-    if entries.ndim != 1 or eqn.params["strides"] not in (None, (1,)):
-        return None
-    [first] = eqn.params["start_indices"]
-    return [Diagonal(eqn.primitive.bind(entries, **eqn.params), start + first)]
-
-
-def _split(n: int, eqn: Equation, ins: list[Value]) -> list[Value] | None:
-    del n
-    entries, start = ins[0]
-    if entries.ndim != 1:
-        return None
-    outs = list[Value]()
-    for part in eqn.primitive.bind(entries, **eqn.params):
-        outs.append(Diagonal(part, start))
-        start += part.size
-    return outs
-
-
 # --- What mixes entries ---------------------------------------------------------------
 
 
-def _summed(n: int, eqn: Equation, ins: list[Value]) -> list[Value]:
-    entries, start = ins[0]
-    kept = [a for a in range(entries.ndim) if a not in eqn.params["axes"]]
+def _summed(n: int, eqn: Equation, ins: list[Value]) -> Array:
+    rank, aval = len(eqn.invars[0].aval.shape), eqn.outvars[0].aval
+    kept = [a for a in range(rank) if a not in eqn.params["axes"]]
     ties = {axis: at for at, axis in enumerate(kept)}
-    rows = _tied(entries, entries.ndim, eqn.outvars[0].aval.shape, ties)
-    return [Columns(_placed(n, rows, start))]
+    tied = lambda entries: _tied(entries, rank, aval.shape, ties)
+    return _together(n, ins[0], tied)
 
 
-def _contracted(n: int, eqn: Equation, ins: list[Value]) -> list[Value]:
-    side = int(isinstance(ins[1], Diagonal))
-    (entries, start), aval = ins[side], eqn.outvars[0].aval
+def _together(n: int, x: Bands, rows: Callable[[Array], Array]) -> Array:
+    """The sum over all diagonals; of each, `rows` has a value for each entry."""
+    found = [_placed(n, rows(d), start) for start, d in x.diagonals.items()]
+    return functools.reduce(lax.add, found)
+
+
+def _contracted(n: int, eqn: Equation, ins: list[Value]) -> Array:
+    side = int(isinstance(ins[1], Bands))
+    aval, rank = eqn.outvars[0].aval, len(eqn.invars[side].aval.shape)
     (mine, theirs), (batch, their_batch) = (
         pair[:: -1 if side else 1] for pair in eqn.params["dimension_numbers"]
     )
-    other, rank = jnp.asarray(ins[1 - side], aval.dtype), entries.ndim
+    other = jnp.asarray(ins[1 - side], aval.dtype)
     free = [a for a in range(other.ndim) if a not in (*theirs, *their_batch)]
     kept = [a for a in range(rank) if a not in (*mine, *batch)]
     # Each axis of the other operand is one of the entries, or follows them.
     into = dict(zip((*theirs, *their_batch), (*mine, *batch), strict=True))
     into.update({a: rank + i for i, a in enumerate(free)})
     order, axes = sorted(into, key=into.__getitem__), sorted(into.values())
-    shape = (*entries.shape, *(other.shape[a] for a in free))
+    shape = (*eqn.invars[side].aval.shape, *(other.shape[a] for a in free))
     rows = lax.broadcast_in_dim(lax.transpose(other, order), shape, axes)
-    scales = lax.broadcast_in_dim(entries.astype(aval.dtype), shape, range(rank))
     # The value has the axes of the batch, then what is left of one, then of the other.
     first = len(batch) + (len(free) if side else 0)
     ties = {axis: at for at, axis in enumerate(batch)}
     ties.update({axis: first + at for at, axis in enumerate(kept)})
-    block = _tied(lax.mul(scales, rows), rank, aval.shape, ties)
-    return [Columns(_placed(n, block, start))]
+
+    def tied(entries: Array) -> Array:
+        scales = lax.broadcast_in_dim(entries.astype(aval.dtype), shape, range(rank))
+        return _tied(lax.mul(scales, rows), rank, aval.shape, ties)
+
+    return _together(n, ins[side], tied)
 
 
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        "neg copy copy_p convert_element_type mul div select_n".split(), _elementwise
-    ),
-    **dict.fromkeys("add add_any sub".split(), _sum_of_two),
-    **dict.fromkeys("reshape squeeze broadcast_in_dim".split(), _reshaped),
-    "slice": _sliced,
-    "split": _split,
+_MIXING: dict[str, Callable[[int, Equation, list[Value]], Array]] = {
     "reduce_sum": _summed,
     "dot_general": _contracted,
 }

@@ -6,12 +6,14 @@ matrix are arrays that its methods take first. `transposed` asks for the transpo
 
 import abc
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact
 
+from .._custom_types import ShapeDtypeStruct
 from .._state import peak
 from ._coloring import Colouring
 from ._structure import Structure
@@ -35,6 +37,15 @@ class AbstractPlan(abc.ABC):
 
     structure: Structure
     colouring: Colouring
+
+    def derived(
+        self, linear: Callable[[Array], Array], struct: ShapeDtypeStruct
+    ) -> tuple[Any, Bool[Array, ""]] | None:
+        """The entries from the jaxpr of a map of flat vectors, if that tells them.
+
+        And whether it is linear.
+        """
+        del linear, struct
 
     @abc.abstractmethod
     def read(self, products: Inexact[Array, "count n"]) -> Any:

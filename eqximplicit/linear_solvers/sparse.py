@@ -93,14 +93,15 @@ class _SparseState(eqx.Module):
 class SparseDirect(AbstractMeasuredSolver[_SparseState]):
     r"""A sparse direct solver; the sparsity is found from the operator's jaxpr.
 
-    Entries come from as many products as the pattern has colours. Diagonal and
+    Entries come from as many products as the pattern has colours; those of diagonals,
+    where only shifts and scalings make them, from the jaxpr, without any. Diagonal and
     tridiagonal operators are solved by LAPACK's (cuSPARSE's) tridiagonal LU with
     partial pivoting, others on CPU by KLU (`pip install eqximplicit[sparse]`), and
     elsewhere, or without klujax, by a block LU in plain JAX. The pattern is found once
     per structure of the jaxpr and holds for all values, hence under `jit` and `vmap`.
 
     The result is checked, not assumed. One more product, with a quasi-random vector,
-    compares the entries found with the operator. Rows and columns are scaled to
+    compares entries read off products with the operator. Rows and columns are scaled to
     entries of at most one; then both the right-hand side $b$ and a generic vector are
     solved for, and `singular` is reported unless for both
 
@@ -157,9 +158,7 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
         dtype = _working_dtype(domain, codomain)
         count, size = plan.colouring.count, operator.in_size()
         check_bytes(count, size, dtype.itemsize, self.max_bytes, "SparseDirect")
-        values, image = _products(operator, plan, domain, codomain, dtype)
-        probe, rtol = generic_vector(image.size), _rounding(domain, codomain)
-        agrees = plan.agrees(values, probe, image, rtol)
+        values, agrees = _entries(operator, plan, domain, codomain, dtype)
         return _SparseState(values, agrees, plan, domain, codomain, transposed=False)
 
     def answer(
@@ -228,17 +227,15 @@ def _sparse_structure(operator: lx.AbstractLinearOperator) -> Structure:
     return structure
 
 
-def _products(
+def _entries(
     operator: lx.AbstractLinearOperator,
     plan: AbstractPlan,
     domain: _Layout,
     codomain: _Layout,
     dtype: np.dtype,
-) -> tuple[Any, Inexact[Array, " n"]]:
-    """The entries; and the operator's own product with the generic vector."""
+) -> tuple[Any, Bool[Array, ""]]:
+    """The entries, and whether the operator agrees with them."""
     size = flat_size(operator.in_structure())
-    probe = jnp.asarray(generic_vector(size).astype(dtype))
-    seeds = plan.colouring.seeds(dtype)
 
     def forward(v: Array) -> Array:
         return codomain.flatten(operator.mv(domain.unflatten(v)), dtype)
@@ -247,10 +244,17 @@ def _products(
         image = operator.transpose().mv(codomain.unflatten(v))
         return domain.flatten(image, dtype)
 
+    derived = plan.derived(forward, jax.ShapeDtypeStruct((size,), dtype))
+    if derived is not None:
+        return derived
+    generic = generic_vector(size)
+    seeds, probe = plan.colouring.seeds(dtype), jnp.asarray(generic.astype(dtype))
     if plan.colouring.mode == "rev":
-        return plan.read(jax.vmap(backward)(seeds)), forward(probe)
-    products = jax.vmap(forward)(jnp.concatenate([seeds, probe[None]]))
-    return plan.read(products[:-1]), products[-1]
+        values, image = plan.read(jax.vmap(backward)(seeds)), forward(probe)
+    else:
+        products = jax.vmap(forward)(jnp.concatenate([seeds, probe[None]]))
+        values, image = plan.read(products[:-1]), products[-1]
+    return values, plan.agrees(values, generic, image, _rounding(domain, codomain))
 
 
 def _result(good: Bool[Array, ""], agrees: Bool[Array, ""]) -> lx.RESULTS:
