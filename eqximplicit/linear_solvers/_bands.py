@@ -74,10 +74,8 @@ def diagonals_of(
         return None
     if not isinstance(image, Bands):
         return None
-    zero = [jnp.all(jnp.asarray(constant) == 0) for constant in beside]
-    return Derived(
-        image.diagonals, functools.reduce(lax.bitwise_and, zero, jnp.array(True))
-    )
+    zero = [jnp.array(True), *(every(jnp.asarray(x) == 0) for x in beside)]
+    return Derived(image.diagonals, functools.reduce(lax.bitwise_and, zero))
 
 
 def units(struct: Any) -> Bands:
