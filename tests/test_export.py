@@ -74,8 +74,7 @@ def assert_same_at_two_sizes(fn, columns=3):
     "name",
     [
         "fixed point",
-        "least squares",
-        *(pytest.param(n, marks=slow) for n in ("root", "minimum")),
+        *(pytest.param(n, marks=slow) for n in ("root", "minimum", "least squares")),
     ],
 )
 def test_batch_of_solves_is_exported(name):

@@ -907,8 +907,9 @@ SOLVED_BY = [DirectLU(), AutoLinearSolver(), eqi.SparseDirect(), LeastNorm()]
 
 
 @pytest.mark.parametrize("solver", SOLVED_BY, ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("n", [4, 9, 33])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(4, np.float64), (33, np.float64), (9, np.float32)]
+)
 def test_solution_with_entries_that_are_zero_but_for_rounding(n, dtype, solver):
     # Elimination of these fills in what cancels: the zeros become 1e-17.
     matrices = sparse_draws(n, 20)
