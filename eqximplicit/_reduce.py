@@ -9,6 +9,7 @@ them, so the choice is the lowering's.
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,8 +101,8 @@ def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
 
 
 def _reduced(x: Array, kind: str, axis: Axis) -> Array:
-    axes = _axes(x, axis)
-    if axes and _is_known(x, axes, _MANY):
+    axes, most = _axes(x, axis), sys.maxsize if kind == "or" else _MANY
+    if axes and _is_known(x, axes, most):
         return _reduce_p.bind(x, kind=kind, axes=axes)
     return _on_devices(x, kind, axes) if axes else x
 

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact
 
 from .._custom_types import ShapeDtypeStruct
-from .._state import every
+from .._reduce import anywhere
+from .._state import every, peak
 from ._bands import diagonals_of
 from ._coloring import bands, colour
 from ._plan import (
@@ -78,10 +79,15 @@ def _band_solve(values: _Bands, b: Inexact[Array, " n"]) -> Inexact[Array, " n"]
     return jax.lax.linalg.tridiagonal_solve(*values, b[:, None])[:, 0]
 
 
-def _band_apply(values: _Bands, x: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+def _band_terms(values: _Bands, x: Inexact[Array, " n"]) -> list[Array]:
     lower, middle, upper = values
     wide = jnp.pad(x, (1, 1))
-    return lower * wide[:-2] + middle * x + upper * wide[2:]
+    return [lower * wide[:-2], middle * x, upper * wide[2:]]
+
+
+def _band_apply(values: _Bands, x: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+    first, second, third = _band_terms(values, x)
+    return first + second + third
 
 
 def _row_scale(values: _Bands) -> Float[Array, " n"]:
@@ -95,10 +101,10 @@ def _margin(values: _Bands) -> Float[Array, ""]:
     return jnp.min((middle - lower - upper) / _row_scale(values))
 
 
-def _is_dominant(values: _Bands) -> Bool[Array, ""]:
+def _is_dominant(values: _Bands) -> Bool[Array, " n"]:
     """Whether `_margin` is above rounding; without a division, which is slow."""
     lower, middle, upper = (jnp.abs(v) for v in values)
-    return every(middle - lower - upper > eps_power(middle.dtype, 0.5) * middle)
+    return middle - lower - upper > eps_power(middle.dtype, 0.5) * middle
 
 
 class TridiagonalPlan(AbstractPlan):
@@ -148,36 +154,37 @@ class TridiagonalPlan(AbstractPlan):
         flipped = _flip(values)
         matrix = flipped if transposed else values
         x = _band_solve(matrix, b)
+        by_row, by_column = _is_dominant(values), _is_dominant(flipped)
         accurate = _small_backward_error(matrix, x, b)
+        weak_row, weak_column, wrong = anywhere(~by_row, ~by_column, ~accurate)
 
         def dominant() -> tuple[Array, Array]:
-            return accurate, jnp.zeros_like(b[0]).real
+            return ~wrong, jnp.zeros_like(b[0]).real
 
         def unsure() -> tuple[Array, Array]:
             return _examined(matrix, x, b)
 
-        sure = _is_dominant(values) | _is_dominant(flipped)
+        sure = ~(weak_row & weak_column)
         trusted, estimate = jax.lax.cond(sure, dominant, unsure)
         bound = 1 / jnp.maximum(_margin(values), _margin(flipped))
         condition = jnp.where(sure, bound, estimate)
         return Solved(x, trusted, peaks(_band_apply(matrix, x) - b), condition)
 
 
-def _small_backward_error(values: _Bands, x: Array, b: Array) -> Bool[Array, ""]:
+def _small_backward_error(values: _Bands, x: Array, b: Array) -> Bool[Array, " n"]:
     """Row by row; sharp for a dominant diagonal (Higham, 2002, section 9.6)."""
-    residual = jnp.abs(_band_apply(values, x) - b)
-    lower, middle, upper = (jnp.abs(v) for v in values)
-    size = _band_apply((lower, middle, upper), jnp.abs(x)) + jnp.abs(b)
-    return every(residual <= eps_power(b.dtype, 0.75) * size)
+    terms = [*_band_terms(values, x), -b]
+    size = sum(jnp.abs(term) for term in terms)
+    return jnp.abs(sum(terms)) <= eps_power(b.dtype, 0.75) * size
 
 
 def _examined(values: _Bands, x: Array, b: Array) -> tuple[Array, Array]:
     """Whether to trust the solution `x` of `b`, and the estimated condition."""
     scale = _row_scale(values).astype(b.dtype)
     w = jnp.asarray(generic_vector(b.size).astype(b.dtype))
-    scaled = jnp.stack([b / scale, w], axis=1)
-    x = jnp.stack([x, _band_solve(values, w * scale)], axis=1)
-    image = jax.vmap(_band_apply, in_axes=(None, 1), out_axes=1)(values, x)
-    residual = image / scale[:, None] - scaled
-    trusted = every(is_trusted(peaks(residual), peaks(x), peaks(scaled)))
-    return trusted, peaks(x[:, 1]) / peaks(w)
+    z = _band_solve(values, w * scale)
+    pairs = (x, b), (z, w * scale)
+    left = [(_band_apply(values, v) - rhs) / scale for v, rhs in pairs]
+    sizes = peak(jnp.stack([*left, x, z, b / scale, w]), axis=1)
+    trusted = every(is_trusted(sizes[:2], sizes[2:4], sizes[4:]))
+    return trusted, sizes[3] / sizes[5]
