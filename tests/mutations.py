@@ -204,10 +204,24 @@ MUTANTS = [
     ),
     Mutant(
         "slice of a diagonal that stays where it was",
-        "linear_solvers/_columns.py",
-        "start + first",
-        "start",
-        "tests/test_columns.py -k 'differences or split'",
+        "linear_solvers/_bands.py",
+        "k + first",
+        "k",
+        "tests/test_columns.py -k 'differences'",
+    ),
+    Mutant(
+        "padding that moves a diagonal the wrong way",
+        "linear_solvers/_bands.py",
+        "k - before",
+        "k + before",
+        "tests/test_columns.py -k 'stencil'",
+    ),
+    Mutant(
+        "what is taken from a diagonal is added",
+        "linear_solvers/_bands.py",
+        "lax.neg(entries) if sub else entries",
+        "entries",
+        "tests/test_columns.py -k 'stencil'",
     ),
 ]
 
