@@ -59,6 +59,10 @@ MAPS: list[tuple[str, Callable[[Any], Any], Any]] = [
     ("inner product", lambda y: jnp.dot(y, SQUARE[0])[None], draw(4)),
     ("sum", lambda y: jnp.sum(jnp.sin(y)), draw(3, 2)),
     ("sum over one axis", lambda y: jnp.sum(jnp.sin(y), axis=1), draw(3, 2, 2)),
+    ("pairs", lambda y: jnp.sin(y[:, None] - y[None] ** 2), draw(3, 2)),
+    ("pairs, scaled", lambda y: (y[:, None] - y[None]) * SQUARE, draw(4)),
+    ("pairs, chosen", lambda y: jnp.where(SQUARE > 0, y[:, None], y[None]), draw(4)),
+    ("one beside many", lambda y: jnp.concatenate([y[:1] - y, y[1:] + y[:1]]), draw(4)),
     ("differences", lambda y: (y[1:] - y[:-1] ** 2, y[0] - y[2]), draw(4)),
     ("every other", lambda y: y[::2] - y[1::2], draw(6)),
     ("reversed", lambda y: y[::-1] + y, draw(4)),
@@ -157,6 +161,52 @@ def test_diagonals_of_stencils(stencil: Any) -> None:
                 assert entry == 0
     expected = jax.vmap(linear)(jnp.eye(flat.size)).T
     np.testing.assert_allclose(matrix, expected, rtol=1e-14)
+
+
+# Of a matrix to one of the same shape, by what a drawn number says.
+STEPS: list[Callable[[Any, Any], Any]] = [
+    lambda y, k: y * jnp.cos(jnp.arange(y.size) + k).reshape(y.shape),
+    lambda y, k: jnp.sin(y) * (k + 1),
+    lambda y, k: jnp.roll(y, k, axis=k % 2),
+    lambda y, k: jnp.concatenate([y[k % 3 :], 2 * y[: k % 3]]),
+    lambda y, k: jnp.pad(y, ((k % 3, 0), (0, 0)))[: y.shape[0]],
+    lambda y, k: jnp.pad(y[:, :1], ((0, 0), (1, 0))) * k,
+    lambda y, k: jax.lax.pad(y, 0.0, [(k % 2 - 1, 1 - k % 2, 0), (0, 0, 0)]),
+    lambda y, k: jnp.where(
+        jnp.arange(y.size).reshape(y.shape) % 3 == k % 3, y, -(y**2)
+    ),
+    lambda y, k: y - jnp.roll(y.ravel(), k).reshape(y.shape),
+    lambda y, k: (
+        y.reshape(y.shape[::-1]).T if k % 2 else y.reshape(-1).reshape(y.shape)
+    ),
+    lambda y, k: y.at[k % y.shape[0]].set(y[0] * y[-1]),
+    lambda y, k: y - y[:1] * y[:, k % 2 :][:, :1],
+    lambda y, k: y + jnp.sum(y, axis=k % 2, keepdims=True),
+    lambda y, k: y @ (SQUARE[:2, :2] + k),
+    lambda y, k: jnp.concatenate(jax.lax.split(y, (2, y.shape[0] - 2))[::-1]),
+    lambda y, k: jnp.stack([y[:, 1] - y[:, 0], y[:, k % 2]], axis=1),
+]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_drawn_maps(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    chosen = [(STEPS[rng.integers(len(STEPS))], int(rng.integers(7))) for _ in range(5)]
+
+    def fn(y: Any) -> Any:
+        kept = y
+        for step, k in chosen:
+            y = step(y, k) - 0.1 * kept
+        return y
+
+    linear, flat = _linear(fn, jnp.asarray(rng.uniform(0.5, 1.5, (4, 2))))
+    found = jax.jit(lambda flat: columns_of(linear, flat))(flat)
+    expected = jax.vmap(linear)(jnp.eye(flat.size))
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    derived = diagonals_of(linear, jax.eval_shape(lambda: flat))
+    if derived is not None:
+        rows = sum(jnp.roll(jnp.diag(d), k, 1) for k, d in derived.diagonals.items())
+        np.testing.assert_allclose(rows, expected.T, rtol=1e-12, atol=1e-12)
 
 
 AFFINE = {

@@ -134,14 +134,19 @@ def _scaled(eqn: Equation, ins: list[Value]) -> list[Value] | None:
 
 
 def _elementwise(eqn: Equation, ins: list[Value]) -> list[Value] | None:
-    found = [x for x in ins if isinstance(x, Bands)]
-    shapes = {d.shape for x in found for d in x.diagonals.values()}
-    if shapes != {eqn.outvars[0].aval.shape}:
+    if _is_repeated(eqn, ins):
         return None
+    found = [x for x in ins if isinstance(x, Bands)]
     starts = sorted({start for x in found for start in x.diagonals})
     # What is added beside a diagonal is zero, or the map would not be linear.
     bind = lambda k: eqn.primitive.bind(*(_at(k, x) for x in ins), **eqn.params)
     return [Bands({start: bind(start) for start in starts})]
+
+
+def _is_repeated(eqn: Equation, ins: list[Value]) -> bool:
+    """Whether an operand of one entry along an axis is that of all along it."""
+    avals = [v.aval for v, x in zip(eqn.invars, ins, strict=True) if is_banded([x])]
+    return any(aval.shape != eqn.outvars[0].aval.shape for aval in avals)
 
 
 def _at(start: int, x: Value) -> Value:
@@ -153,7 +158,7 @@ def _at(start: int, x: Value) -> Value:
 
 def _sum_of_two(eqn: Equation, ins: list[Value]) -> list[Value] | None:
     x, y = ins
-    if not isinstance(x, Bands) or not isinstance(y, Bands):
+    if not isinstance(x, Bands) or not isinstance(y, Bands) or _is_repeated(eqn, ins):
         return None
     out, sub = dict(x.diagonals), eqn.primitive.name == "sub"
     for start, entries in y.diagonals.items():
