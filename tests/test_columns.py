@@ -119,6 +119,8 @@ STENCILS: list[tuple[str, Callable[[Any], Any], Any, Any]] = [
     ),
     ("turned around", lambda y: jnp.roll(y, 1) * y, draw(5), {-1, 0, 4}),
     ("cropped", lambda y: jax.lax.pad(y, 0.0, [(-1, 1, 0)]) - y, draw(5), {0, 1}),
+    ("filled", lambda y: jax.lax.pad(y[1:], y[0], [(1, 0, 0)]) * y, draw(5), None),
+    ("inflow", lambda y: 2 * y - inflow(y) ** 2, draw(6), None),
     ("spread", lambda y: jax.lax.pad(y[:3], 0.0, [(0, 0, 1)]), draw(5), None),
     ("pieces exchanged", lambda y: jnp.concatenate(y_parts(y)[::-1]), draw(6), {-2, 4}),
     ("upwind", lambda y: y * jnp.where(y > 0, y - left(y), left(y)), draw(6), {-1, 0}),
@@ -130,6 +132,10 @@ STENCILS: list[tuple[str, Callable[[Any], Any], Any, Any]] = [
     ("nowhere", lambda y: jnp.ones(4), draw(4), None),
     ("one", lambda y: jnp.sin(y), draw(1), {0}),
 ]
+
+
+def inflow(y: Any) -> Any:
+    return jax.lax.pad(y, y[0], [(1, -1, 0)])
 
 
 def left(y: Any) -> Any:
@@ -181,6 +187,7 @@ STEPS: list[Callable[[Any, Any], Any]] = [
     ),
     lambda y, k: y.at[k % y.shape[0]].set(y[0] * y[-1]),
     lambda y, k: y - y[:1] * y[:, k % 2 :][:, :1],
+    lambda y, k: jax.lax.pad(y, y[k % 3, 0], [(1, -1, 0), (0, 0, 0)]),
     lambda y, k: y + jnp.sum(y, axis=k % 2, keepdims=True),
     lambda y, k: y @ (SQUARE[:2, :2] + k),
     lambda y, k: jnp.concatenate(jax.lax.split(y, (2, y.shape[0] - 2))[::-1]),
@@ -210,17 +217,25 @@ def test_drawn_maps(seed: int) -> None:
 
 
 AFFINE = {
-    "pieces": lambda y: jnp.concatenate([y[:2], jnp.ones(1), y[3:]]),
-    "choice": lambda y: jnp.where(jnp.arange(5) == 2, 1.0, y),
-    "padding": lambda y: jax.lax.pad(y[1:], 1.0, [(1, 0, 0)]),
+    "pieces": lambda y, c=1.0: jnp.concatenate([y[:2], jnp.full(1, c), y[3:]]),
+    "choice": lambda y, c=1.0: jnp.where(jnp.arange(5) == 2, c, y),
+    "padding": lambda y, c=1.0: jax.lax.pad(y[1:], c, [(1, 0, 0)]),
 }
 
 
 @pytest.mark.parametrize("name", AFFINE)
 def test_a_map_that_is_not_linear_is_told(name: str) -> None:
-    found = diagonals_of(AFFINE[name], jax.ShapeDtypeStruct((5,), jnp.float64))
-    assert found is not None
-    assert not found.linear
+    struct = jax.ShapeDtypeStruct((5,), jnp.float64)
+    assert diagonals_of(AFFINE[name], struct) is None
+
+    @jax.jit
+    def is_linear(constant: jax.Array) -> Any:
+        found = diagonals_of(lambda y: AFFINE[name](y, constant), struct)
+        assert found is not None
+        return found.linear
+
+    assert is_linear(jnp.array(0.0))
+    assert not is_linear(jnp.array(1.0))
 
 
 @pytest.mark.parametrize("fn", [lambda y: y * y, lambda y: 1 / y, lambda y: y + 1])

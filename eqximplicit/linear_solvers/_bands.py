@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact
 
 from .._state import every
@@ -118,7 +120,10 @@ def _step(beside: list[Any], eqn: Equation, ins: list[Value]) -> list[Value]:
         raise _Mixed
     if eqn.primitive.name in ("concatenate", "pad", "select_n"):
         operands = ins[1:] if eqn.primitive.name == "select_n" else ins
-        beside.extend(x for x in operands if not isinstance(x, Bands))
+        constants = [x for x in operands if not isinstance(x, Bands)]
+        if any(not isinstance(x, Tracer) and np.any(x) for x in constants):
+            raise _Mixed  # an entry that may be cut off later, or not linear
+        beside.extend(constants)
     return outs
 
 
@@ -205,7 +210,7 @@ def _padded(eqn: Equation, ins: list[Value]) -> list[Value] | None:
     shape, config = eqn.invars[0].aval.shape, eqn.params["padding_config"]
     axes = [a for a, padding in enumerate(config) if any(padding)]
     stride = _stride(shape, axes)
-    if stride is None or config[axes[0]][2] or not isinstance(ins[0], Bands):
+    if stride is None or config[axes[0]][2] or is_banded(ins[1:]):
         return None
     before = int(config[axes[0]][0]) * stride
     # What a linear map pads with is zero.
