@@ -314,6 +314,7 @@ def test_rounding_is_no_root_where_no_jacobian_is_regular(n):
     assert np.isclose(stats["residual_norm"], 1e-3)
 
 
+@pytest.mark.slow
 def test_roots_in_single_precision_with_terms_that_cancel():
     # Bratu's problem by finite differences, whose terms grow with the square of `n`.
     def bratu(y, a):

@@ -61,7 +61,9 @@ def test_right_derivative_is_ok_and_every_witness_agrees():
     )
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("forward", marks=pytest.mark.slow), "reverse"]
+)
 def test_the_one_mode_of_an_unrolled_adjoint_is_held_against_differences(mode):
     adjoint = eqi.UnrolledAdjoint(mode=mode)
     cosine = eqi.FixedPoint(lambda y, a: 0.5 * jnp.cos(y) + a)
@@ -92,6 +94,7 @@ def test_print_shows_the_verdict_and_the_figures():
     assert max(map(len, text.splitlines())) <= 88
 
 
+@pytest.mark.slow
 def test_callable_solver_with_a_pytree_state_and_a_fixed_point_is_ok():
     def solve(y0, a):
         return {"u": a[0] / 0.5, "v": (a[1] + a[0] / 0.5, a[0])}

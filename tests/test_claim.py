@@ -140,7 +140,7 @@ def ridge(y, a):
 
 
 @pytest.mark.parametrize("solver", [optx.BFGS(**TIGHT), eqi.FIRE(**TIGHT)], ids=type)
-@pytest.mark.parametrize("entries", [2, 100])
+@pytest.mark.parametrize("entries", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_saddle_taken_for_a_minimum_gives_nan(solver, entries):
     solve = layer(eqi.Minimum(ridge), solver)
     for slope in gradients(solve, jnp.zeros(entries).at[0].set(1.0), 2.0):

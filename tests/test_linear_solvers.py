@@ -482,7 +482,7 @@ def test_lanes_are_independent_under_vmap_of_hessians():
         assert np.max(np.abs(x[i] - expected)) < 1e-11
 
 
-@pytest.mark.parametrize("n", [10, 40])
+@pytest.mark.parametrize("n", [10, pytest.param(40, marks=pytest.mark.slow)])
 def test_second_derivatives_inside_a_custom_linear_solve(n):
     rng = np.random.default_rng(RNG_SEED)
     matrix = jnp.asarray(_contraction(n, rng))

@@ -66,7 +66,13 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+LATER = ("fwd over rev", "rev over fwd")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in ORDERS],
+)
 def test_every_order_is_right_inside_a_scan(order):
     rate = jnp.array(2.0)
     expected = jax.jit(ORDERS[order](written_out))(rate)

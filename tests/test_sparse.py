@@ -598,7 +598,7 @@ def chain_of(n):
     return matrix, lx.FunctionLinearOperator(mv, jax.ShapeDtypeStruct((n,), float))
 
 
-@pytest.mark.parametrize("n", [20, 33, 300])
+@pytest.mark.parametrize("n", [20, pytest.param(33, marks=pytest.mark.slow), 300])
 def test_the_default_finds_bands(n):
     matrix, operator = chain_of(n)
     chosen = eqi.AutoLinearSolver().select(operator)
