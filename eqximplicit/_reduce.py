@@ -3,8 +3,8 @@
 For a CPU XLA makes three kernels of a reduction over more than 32 entries, and lays out
 the scratch of each reduction of a program in every call of it, in branches that are not
 taken as well. On one device, up to 16 entries are taken one by one, and some thousand
-in stages of 32, which XLA makes one kernel of. Over several devices that would gather
-them, so the choice is the lowering's.
+(of flags, any number) in stages of 32, which XLA makes one kernel of. Over several
+devices that would gather them, so the choice is the lowering's.
 """
 
 import functools

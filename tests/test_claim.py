@@ -188,7 +188,13 @@ def sheet(y, a):
 
 
 @pytest.mark.parametrize(
-    ("entries", "dtype"), [(2, np.float64), (100, np.float64), (100, np.float32)]
+    ("entries", "dtype"),
+    [
+        (2, np.float64),
+        (100, np.float64),
+        (100, np.float32),
+        pytest.param(2, np.float32, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("valley", [ring, sheet], ids=["ring", "sheet"])
 def test_flat_minimum_is_no_saddle(valley, entries, dtype):

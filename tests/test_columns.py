@@ -169,51 +169,64 @@ def test_diagonals_of_stencils(stencil: Any) -> None:
     np.testing.assert_allclose(matrix, expected, rtol=1e-14)
 
 
-# Of a matrix to one of the same shape, by what a drawn number says.
-STEPS: list[Callable[[Any, Any], Any]] = [
+# Of a matrix to one of the same shape, by what a drawn number says. These shift, scale,
+SHIFTS: list[Callable[[Any, Any], Any]] = [
     lambda y, k: y * jnp.cos(jnp.arange(y.size) + k).reshape(y.shape),
     lambda y, k: jnp.sin(y) * (k + 1),
-    lambda y, k: jnp.roll(y, k, axis=k % 2),
     lambda y, k: jnp.concatenate([y[k % 3 :], 2 * y[: k % 3]]),
     lambda y, k: jnp.pad(y, ((k % 3, 0), (0, 0)))[: y.shape[0]],
+    lambda y, k: jnp.where(jnp.arange(y.size).reshape(y.shape) % 3 == k % 3, y, -y),
+    lambda y, k: y - jnp.roll(y.ravel(), k).reshape(y.shape),
+    lambda y, k: jnp.concatenate(jax.lax.split(y, (2, y.shape[0] - 2))[::-1]),
+]
+# and these mix.
+STEPS = [
+    *SHIFTS,
+    lambda y, k: jnp.roll(y, k, axis=k % 2),
     lambda y, k: jnp.pad(y[:, :1], ((0, 0), (1, 0))) * k,
     lambda y, k: jax.lax.pad(y, 0.0, [(k % 2 - 1, 1 - k % 2, 0), (0, 0, 0)]),
-    lambda y, k: jnp.where(
-        jnp.arange(y.size).reshape(y.shape) % 3 == k % 3, y, -(y**2)
-    ),
-    lambda y, k: y - jnp.roll(y.ravel(), k).reshape(y.shape),
-    lambda y, k: (
-        y.reshape(y.shape[::-1]).T if k % 2 else y.reshape(-1).reshape(y.shape)
-    ),
+    lambda y, k: y.reshape(y.shape[::-1]).T if k % 2 else y.ravel().reshape(y.shape),
     lambda y, k: y.at[k % y.shape[0]].set(y[0] * y[-1]),
     lambda y, k: y - y[:1] * y[:, k % 2 :][:, :1],
     lambda y, k: jax.lax.pad(y, y[k % 3, 0], [(1, -1, 0), (0, 0, 0)]),
     lambda y, k: y + jnp.sum(y, axis=k % 2, keepdims=True),
     lambda y, k: y @ (SQUARE[:2, :2] + k),
-    lambda y, k: jnp.concatenate(jax.lax.split(y, (2, y.shape[0] - 2))[::-1]),
     lambda y, k: jnp.stack([y[:, 1] - y[:, 0], y[:, k % 2]], axis=1),
 ]
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_drawn_maps(seed: int) -> None:
+def drawn(seed: int, steps: Any, count: int) -> tuple[Callable[[Any], Any], Any]:
     rng = np.random.default_rng(seed)
-    chosen = [(STEPS[rng.integers(len(STEPS))], int(rng.integers(7))) for _ in range(5)]
+    chosen = [(steps[rng.integers(len(steps))], rng.integers(7)) for _ in range(count)]
 
     def fn(y: Any) -> Any:
         kept = y
         for step, k in chosen:
-            y = step(y, k) - 0.1 * kept
+            y = step(y, int(k)) - 0.1 * kept
         return y
 
-    linear, flat = _linear(fn, jnp.asarray(rng.uniform(0.5, 1.5, (4, 2))))
+    return fn, jnp.asarray(rng.uniform(0.5, 1.5, (4, 2)))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_drawn_maps(seed: int) -> None:
+    linear, flat = _linear(*drawn(seed, STEPS, count=5))
     found = jax.jit(lambda flat: columns_of(linear, flat))(flat)
     expected = jax.vmap(linear)(jnp.eye(flat.size))
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
-    derived = diagonals_of(linear, jax.eval_shape(lambda: flat))
-    if derived is not None:
-        rows = sum(jnp.roll(jnp.diag(d), k, 1) for k, d in derived.diagonals.items())
-        np.testing.assert_allclose(rows, expected.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_drawn_stencils(seed: int) -> None:
+    linear, flat = _linear(*drawn(seed, SHIFTS, count=2))
+    found = diagonals_of(linear, jax.eval_shape(lambda: flat))
+    expected = jax.vmap(linear)(jnp.eye(flat.size)).T
+    if found is None:  # of too many diagonals
+        offsets = range(1 - flat.size, flat.size)
+        assert sum(bool(np.diag(expected, k).any()) for k in offsets) > 8
+        return
+    rows = sum(jnp.roll(jnp.diag(d), k, 1) for k, d in found.diagonals.items())
+    np.testing.assert_allclose(rows, expected, rtol=1e-12, atol=1e-12)
 
 
 AFFINE = {

@@ -66,7 +66,7 @@ SOLVERS = {
 }
 
 
-# The other solvers stop at minima no less exact.
+# Left to the slow session.
 LATER = [name for name in SOLVERS if name != "default"]
 
 

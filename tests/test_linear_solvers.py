@@ -908,7 +908,16 @@ SOLVED_BY = [DirectLU(), AutoLinearSolver(), eqi.SparseDirect(), LeastNorm()]
 
 @pytest.mark.parametrize("solver", SOLVED_BY, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize(
-    ("n", "dtype"), [(4, np.float64), (33, np.float64), (9, np.float32)]
+    ("n", "dtype"),
+    [
+        (4, np.float64),
+        (33, np.float64),
+        (9, np.float32),
+        *(
+            pytest.param(n, dtype, marks=pytest.mark.slow)
+            for n, dtype in ((9, np.float64), (4, np.float32), (33, np.float32))
+        ),
+    ],
 )
 def test_solution_with_entries_that_are_zero_but_for_rounding(n, dtype, solver):
     # Elimination of these fills in what cancels: the zeros become 1e-17.

@@ -66,6 +66,7 @@ CONTEXTS = {
 }
 
 
+# Left to the slow session.
 LATER = ("fwd over rev", "rev over fwd")
 
 

@@ -511,6 +511,33 @@ def test_an_operator_that_is_not_linear_is_a_breakdown():
     assert np.all(np.isnan(x))
 
 
+def test_diagonals_come_from_the_jaxpr_without_products():
+    def products(fn):
+        init = lambda y: SparseDirect().init(jacobian_of(fn, y), {})
+        return "f64[4,20]" in str(jax.make_jaxpr(init)(vector(20)))
+
+    # One for each colour, and one to compare with.
+    assert not products(diffusion)
+    assert products(lambda y: diffusion(y).at[0].set(y[0]))
+
+
+def test_what_a_stencil_has_beside_its_diagonals_must_be_zero():
+    struct, solver = jax.ShapeDtypeStruct((20,), jnp.float64), SparseDirect()
+
+    @jax.jit
+    def solve(b, wall):
+        mv = lambda v: 2 * v + jnp.concatenate([jnp.full(1, wall), v[:-1]])
+        operator = lx.FunctionLinearOperator(mv, struct)
+        return solver.compute(solver.init(operator, {}), b, {})[:2]
+
+    x, result = solve(vector(20), 0.0)
+    assert bool(result == lx.RESULTS.successful)
+    np.testing.assert_allclose(2 * x + np.append(0, x[:-1]), vector(20), rtol=EXACT)
+    x, result = solve(vector(20), 1.0)
+    assert bool(result == lx.RESULTS.breakdown)
+    assert np.all(np.isnan(x))
+
+
 def test_a_large_dense_operator_is_refused():
     operator = jacobian_of(lambda y: y + jnp.sum(y), jnp.ones(2000))
     with pytest.raises(ValueError, match="got a dense operator"):

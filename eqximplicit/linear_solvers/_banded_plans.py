@@ -182,8 +182,9 @@ def _examined(values: _Bands, x: Array, b: Array) -> tuple[Array, Array]:
     """Whether to trust the solution `x` of `b`, and the estimated condition."""
     scale = _row_scale(values).astype(b.dtype)
     w = jnp.asarray(generic_vector(b.size).astype(b.dtype))
-    z = _band_solve(values, w * scale)
-    pairs = (x, b), (z, w * scale)
+    generic = w * scale
+    z = _band_solve(values, generic)
+    pairs = (x, b), (z, generic)
     left = [(_band_apply(values, v) - rhs) / scale for v, rhs in pairs]
     sizes = peak(jnp.stack([*left, x, z, b / scale, w]), axis=1)
     trusted = every(is_trusted(sizes[:2], sizes[2:4], sizes[4:]))

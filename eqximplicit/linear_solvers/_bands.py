@@ -198,6 +198,8 @@ def _stride(shape: Sequence[int], axes: Sequence[int]) -> int | None:
 def _sliced(eqn: Equation, ins: list[Value]) -> list[Value] | None:
     shape, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     axes = [a for a in range(len(shape)) if shape[a] != out[a]]
+    if not axes:
+        return ins
     stride, params = _stride(shape, axes), eqn.params
     if stride is None or params["strides"] not in (None, (1,) * len(shape)):
         return None
@@ -209,8 +211,12 @@ def _sliced(eqn: Equation, ins: list[Value]) -> list[Value] | None:
 def _padded(eqn: Equation, ins: list[Value]) -> list[Value] | None:
     shape, config = eqn.invars[0].aval.shape, eqn.params["padding_config"]
     axes = [a for a, padding in enumerate(config) if any(padding)]
+    if is_banded(ins[1:]):
+        return None
+    if not axes:
+        return ins[:1]
     stride = _stride(shape, axes)
-    if stride is None or config[axes[0]][2] or is_banded(ins[1:]):
+    if stride is None or config[axes[0]][2]:
         return None
     before = int(config[axes[0]][0]) * stride
     # What a linear map pads with is zero.
