@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree, ShapeDtypeStruct
-from ._reduce import largest
+from ._reduce import anywhere, largest
 
 T = TypeVar("T")
 _Struct = jax.ShapeDtypeStruct | Array
@@ -243,7 +243,7 @@ def stop_gradient(tree: T) -> T:
 
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Whether every entry of every leaf is finite."""
-    return _all([jnp.isfinite(x) for x in jtu.tree_leaves(tree)])
+    return _nowhere([~jnp.isfinite(x) for x in jtu.tree_leaves(tree)])
 
 
 def every(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
@@ -260,15 +260,17 @@ def _unset(flags: Bool[Array, "..."]) -> Float[Array, "..."]:
     return lax.select(flags, zero, one)
 
 
-def _all(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
-    return functools.reduce(lax.bitwise_and, map(every, leaves))
+def _nowhere(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
+    """Whether no flag of any leaf is set, by a reduction that has its own kernel."""
+    found = [anywhere(flags)[0] for flags in leaves]
+    return ~functools.reduce(lax.bitwise_or, found)
 
 
 def nonzero_and_finite(
     a: PyTree[Array], b: PyTree[Array]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Whether some entry of `a` is not zero, and every entry of `b` is finite."""
-    zero = _all([x == 0 for x in jtu.tree_leaves(a)])
+    zero = _nowhere([x != 0 for x in jtu.tree_leaves(a)])
     return ~zero, all_finite(b)
 
 

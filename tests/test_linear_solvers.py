@@ -794,12 +794,12 @@ def test_lu_calls_a_matrix_singular_whatever_is_asked(n):
     assert bool(result == lx.RESULTS.nonfinite_input)
 
 
-def test_lineax_lu_is_done_by_ours_and_only_that():
+def test_lineax_lu_and_qr_are_done_by_ours_and_only_they():
     full, diagonal = _operator(np.ones((5, 5))), _operator(np.eye(5), lx.diagonal_tag)
     automatic = lx.AutoLinearSolver(well_posed=None)
-    assert isinstance(checked(lx.LU(), full), DirectLU)
-    assert isinstance(checked(automatic, full), DirectLU)
-    for solver, operator in ((lx.QR(), full), (automatic, diagonal)):
+    for solver in (lx.LU(), lx.QR(), automatic):
+        assert isinstance(checked(solver, full), DirectLU)
+    for solver, operator in ((lx.BiCGStab(1e-6, 1e-6), full), (automatic, diagonal)):
         kept = checked(solver, operator)
         assert isinstance(kept, Checked)
         assert kept.solver is solver

@@ -19,9 +19,10 @@ from .direct_lu import DirectLU
 
 # How much more than it was asked for an iterative solver may leave.
 _SLACK = 10.0
+# Factorisations of any regular matrix, whose answer is that of `DirectLU`.
+_GENERAL = (lx.LU, lx.QR)
 # Elimination, which often ends finite for a singular matrix.
 _DIRECT = (
-    lx.QR,
     lx.Cholesky,
     lx.Triangular,
     lx.Tridiagonal,
@@ -33,10 +34,10 @@ def checked(solver: LinearSolver, operator: lx.AbstractLinearOperator) -> Linear
     """`solver`, measured if it claims to have the solution of a regular system.
 
     One of this package measures its answers itself, and one that is for singular
-    systems need not have small residuals. Elimination is probed, too; LU of a matrix is
-    that of [`eqximplicit.DirectLU`][], which knows more of it.
+    systems need not have small residuals. Elimination is probed, too; that of a matrix
+    without structure is done by [`eqximplicit.DirectLU`][], which knows more of it.
     """
-    if isinstance(_selected(solver, operator), lx.LU):
+    if isinstance(_selected(solver, operator), _GENERAL):
         return DirectLU(max_bytes=sys.maxsize)
     ours = isinstance(solver, AbstractMeasuredSolver)
     if ours or not solver.assume_full_rank():

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from .._lanes import any_lane
 from ..linear_solvers._columns import columns_of
 from ..linear_solvers._dense import zero_below
 from . import _vector_space as vs
@@ -18,6 +21,9 @@ DENSE_SIZE = 64  # below it, n Hessian products and a dense eigenvalue problem a
 LANCZOS_STEPS = 50
 # Where a tag says that there is no negative curvature: enough for one that is plain.
 STEPS_IF_TAGGED = 12
+# What conjugate gradients leave of a random start, times the root of its size. So small
+# a part of such a start along one direction has a chance of about as much.
+LEFT = 1e-6
 # Where the minima are a curve of radius R, the curvature along it is -|gradient| / R
 # beside them. A radius of one, the unit of the state, with a margin.
 BENDING = 10.0
@@ -30,7 +36,7 @@ def extreme_curvatures(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the smallest eigenvalue of the Hessian and its spectral norm.
 
-    Dense up to `DENSE_SIZE` unknowns, else the extreme Ritz values of `num_steps`
+    Dense up to `DENSE_SIZE` unknowns, else the extreme Ritz values of up to `num_steps`
     matrix-free Lanczos steps from a fixed random start. A Ritz value is never below
     the smallest eigenvalue, so a negative one proves a saddle; one that is not negative
     is strong evidence, no proof.
@@ -83,35 +89,77 @@ def hessian_matrix(hvp: Hvp, y: Any) -> Float[Array, "n n"]:
     return (hessian + hessian.T) / 2
 
 
+class _Lanczos(eqx.Module):
+    r"""The recurrence so far.
+
+    `left` is the norm that conjugate gradients would have left of the start by now, in
+    that of the start: the product of $\beta_j / d_j$ with the pivots $d_j$ of the
+    matrix. It is infinite once a pivot is not positive.
+    """
+
+    previous: Any
+    q: Any
+    beta: Float[Array, ""]
+    pivot: Float[Array, ""]
+    left: Float[Array, ""]
+    alphas: Float[Array, " k"]
+    betas: Float[Array, " k"]
+    num_steps: Int[Array, ""]
+
+
 def lanczos(hvp: Hvp, start: Any, num_steps: int) -> Float[Array, "k k"]:
-    """Returns the tridiagonal matrix of the three-term recurrence.
+    r"""Returns the tridiagonal matrix of the three-term recurrence.
 
     Its eigenvalues are Ritz values, and its first axis is `start`. There is no
     reorthogonalisation: lost orthogonality only repeats Ritz values that have
     already converged (C. C. Paige, 1980), which does no harm to their extremes.
+
+    It ends where conjugate gradients would have converged. As long as all Ritz values
+    $\theta_i$ are positive, what they leave of a start with a part along an eigenvalue
+    $\lambda < 0$ is more than that part, $\prod_i (1 - \lambda / \theta_i)$ times.
+    So where next to nothing is left, a random start shows that there is none. What has
+    not been computed repeats the first number, which is no eigenvalue beyond the
+    others.
     """
     dtype = vs.real_dtype(start)
-    zero = jnp.zeros((), dtype)
+    zero, infinite = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
+    little = LEFT / vs.size(start) ** 0.5
 
-    def body(
-        carry: tuple[Any, Any, Float[Array, ""]], _: None
-    ) -> tuple[tuple[Any, Any, Float[Array, ""]], tuple[Array, Array]]:
-        previous, q, beta = carry
-        w = vs.add_scaled(hvp(q), -beta, previous)
-        alpha = vs.dot(w, q, dtype)
-        w = vs.add_scaled(w, -alpha, q)
-        new_beta = vs.length(w, dtype)
+    def unfinished(c: _Lanczos) -> Bool[Array, ""]:
+        return (c.num_steps < num_steps) & any_lane(~(c.left <= little))
+
+    def body(c: _Lanczos) -> _Lanczos:
+        w = vs.add_scaled(hvp(c.q), -c.beta, c.previous)
+        alpha = vs.dot(w, c.q, dtype)
+        w = vs.add_scaled(w, -alpha, c.q)
+        beta = vs.length(w, dtype)
         # An invariant subspace ends the recurrence: a zero vector adds Ritz values 0.
-        exhausted = new_beta <= jnp.finfo(dtype).eps * jnp.abs(alpha)
-        new_beta = jnp.where(exhausted, 0, new_beta)
-        inverse = jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, new_beta))
-        return (q, vs.scaled(inverse, w), new_beta), (alpha, new_beta)
+        exhausted = beta <= jnp.finfo(dtype).eps * jnp.abs(alpha)
+        beta = jnp.where(exhausted, 0, beta)
+        inverse = jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, beta))
+        pivot = alpha - jnp.where(c.beta > 0, c.beta**2 / c.pivot, 0)
+        left = jnp.where(pivot > 0, c.left * beta / pivot, infinite)
+        over = c.left <= little  # but for other lanes
+        return _Lanczos(
+            previous=c.q,
+            q=vs.scaled(inverse, w),
+            beta=beta,
+            pivot=pivot,
+            left=jnp.where(over, c.left, left),
+            alphas=c.alphas.at[c.num_steps].set(jnp.where(over, c.alphas[0], alpha)),
+            betas=c.betas.at[c.num_steps].set(jnp.where(over, 0, c.beta)),
+            num_steps=c.num_steps + 1,
+        )
 
     size = vs.length(start, dtype)
     unit = vs.scaled(jnp.where(size > 0, 1 / size, 0), start)
-    carry = (vs.zeros_like(start), unit, zero)
-    _, (alphas, betas) = jax.lax.scan(body, carry, None, length=num_steps)
-    off = jnp.diag(betas[:-1], 1)
+    none, one = jnp.zeros(num_steps, dtype), jnp.ones((), dtype)
+    blank, count = vs.zeros_like(start), jnp.zeros((), jnp.int32)
+    first = _Lanczos(blank, unit, zero, one, one, none, none, count)
+    last = jax.lax.while_loop(unfinished, body, first)
+    known = jnp.asarray(np.arange(num_steps, dtype=np.int32)) < last.num_steps
+    alphas = jnp.where(known, last.alphas, last.alphas[0])
+    off = jnp.diag(last.betas[1:], 1)
     return jnp.diag(alphas) + off + off.T
 
 
