@@ -18,6 +18,7 @@ from ._condition import AbstractCondition
 from ._custom_types import PyTree
 from ._lanes import any_lane
 from ._monitor import Monitor, Watch
+from ._one_kernel import in_one_kernel
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._solution import as_results, is_successful, RESULTS
 from ._state import (
@@ -173,12 +174,18 @@ def iterate(
     y = to_real(y0, real_dtype(y0))
     watch = _watch(monitor, fn, args, max_steps)
     run = Run(solver, fn, args, options, max_steps, watch)
-    plain = watch is None and while_loop is lax_while_loop
-    if plain and is_closed_form(solver, y, options):
+    if watch is not None or while_loop is not lax_while_loop:
+        return _iterated(run, y, while_loop)
+    return in_one_kernel(lambda: _solved(run, y))
+
+
+def _solved(run: Run, y: PyTree[Array]) -> Outcome:
+    """The outcome of a solve that nobody watches, and whose loop is ours to choose."""
+    if is_closed_form(run.solver, y, run.options):
         return _in_closed_form(run, y)
-    opened = _opened(run, y) if plain else None
+    opened = in_one_kernel(lambda: _opened(run, y))
     if opened is None:
-        return _iterated(_with_own_norm(run) if plain else run, y, while_loop)
+        return _iterated(_with_own_norm(run), y, lax_while_loop)
     return _continued(run, opened)
 
 

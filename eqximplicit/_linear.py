@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._claim import Claim, is_saddle
 from ._custom_types import LinearSolver, PyTree
+from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
 from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
@@ -315,8 +316,9 @@ def differentiable_linear_solve(
 
     def solved_by(how: Callable[..., PyTree[Array]]) -> Callable[..., Leaves]:
         def solve(leaves: Leaves, b: Leaves) -> Leaves:
-            system = _System(*factors.restored(leaves))
-            return jtu.tree_leaves(how(system, jtu.tree_unflatten(b_tree, b)))
+            system, vector = factors.restored(leaves), jtu.tree_unflatten(b_tree, b)
+            x = in_one_kernel(lambda: how(_System(*system), vector))
+            return jtu.tree_leaves(x)
 
         return solve
 

@@ -15,7 +15,7 @@ from ._state import leaf_name
 # Their inner jaxpr takes and gives what they take and give, once.
 _CALLS = frozenset(
     ["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"]
-    + ["custom_jvp_call", "custom_vjp_call", "custom_lin"]
+    + ["custom_jvp_call", "custom_vjp_call", "custom_lin", "one_kernel"]
 )
 
 
