@@ -176,16 +176,12 @@ def iterate(
     run = Run(solver, fn, args, options, max_steps, watch)
     if watch is not None or while_loop is not lax_while_loop:
         return _iterated(run, y, while_loop)
-    return in_one_kernel(lambda: _solved(run, y))
-
-
-def _solved(run: Run, y: PyTree[Array]) -> Outcome:
-    """The outcome of a solve that nobody watches, and whose loop is ours to choose."""
-    if is_closed_form(run.solver, y, run.options):
-        return _in_closed_form(run, y)
+    if is_closed_form(solver, y, options):
+        return in_one_kernel(lambda: _in_closed_form(run, y))
     opened = in_one_kernel(lambda: _opened(run, y))
     if opened is None:
-        return _iterated(_with_own_norm(run), y, lax_while_loop)
+        run = _with_own_norm(run)
+        return in_one_kernel(lambda: _iterated(run, y, lax_while_loop))
     return _continued(run, opened)
 
 
@@ -230,8 +226,11 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     finished = Outcome(value, aux, RESULTS.successful, opened.solved, stats)
     arrays, static = eqx.partition(finished, _is_arraylike)
 
+    def robustly() -> Outcome:
+        return _iterated(run, opened.y, lax_while_loop, opened)
+
     def go_on() -> Any:
-        outcome = _iterated(run, opened.y, lax_while_loop, opened)
+        outcome = in_one_kernel(robustly)
         return chosen(opened.solved, arrays, eqx.filter(outcome, _is_arraylike))
 
     # Under `vmap` the solver is started if any lane needs it.
