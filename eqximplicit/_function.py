@@ -59,8 +59,9 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
     **Arguments:**
 
     - `condition`: what defines the solution: `Root(fn)`, `FixedPoint(fn)`, ... An eager
-        call notices a change of what `fn` reads (captured arrays, globals, attributes
-        by name) and compiles anew; what changes often belongs into `args`.
+        call notices a change of what `fn` reads (captured arrays, globals, attributes,
+        but not by a computed name, by `__repr__` or `__hash__`, or in installed code
+        alone) and compiles anew; what changes often belongs into `args`.
     - `solver`: how it is found: an optimistix solver, a host solver, or any callable
         `(y0, args) -> y`, traceable by JAX or not. By default, one for the condition.
     - `adjoint`: how it is differentiated; `ImplicitAdjoint()` by default.

@@ -22,19 +22,20 @@ from ._custom_types import LinearSolver, PyTree
 from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
-from ._state import max_abs, nonzero_and_finite, real_dtype, stop_gradient
+from ._state import nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers import LeastNorm
-from .linear_solvers._closed_form import inverse_power
-from .linear_solvers._measured import AbstractMeasuredSolver, Measured
+from .linear_solvers._measured import (
+    AbstractMeasuredSolver,
+    as_given,
+    Asked,
+    in_range,
+    Measured,
+)
 from .linear_solvers._residual import even, inner, is_zero, norm, scale
 from .linear_solvers.checked import checked
 
-# Options that are a guess of the solution, and of that of the transposed system.
-_STARTS = ("y0", "y0_transpose")
 # How many times the gradient over the state an operator may be off.
 _UNSURE = 4.0
-# The sum of the squares of so large entries is a number in float32.
-_LARGE = 2.0**30
 
 
 class LinearRule(eqx.Module):
@@ -54,37 +55,24 @@ class LinearRule(eqx.Module):
     trusted: Bool[Array, ""]
 
 
-class _Asked(NamedTuple):
-    """A right-hand side of order one, and the number that takes the answer back."""
-
-    vector: PyTree[Array]
-    options: dict[str, Any]
-    back: Float[Array, ""] | None
-
-
 def _normalised(
     rule: LinearRule, vector: PyTree[Array], options: dict[str, Any]
-) -> _Asked:
+) -> Asked:
     """The question in other units, so that its square is a number, and not zero.
 
-    By a power of two, which is exact: up to order one, and down from where squares
-    overflow, but no further, for small entries would underflow. So an absolute
-    tolerance is one relative to a largest entry below one. Where there is none, float64
-    has the range as it is.
+    So an absolute tolerance is one relative to a largest entry below one. Where there
+    is none, float64 has the range as it is.
     """
     wide = jnp.finfo(real_dtype(vector)).bits >= 64
     relative = isinstance(rule.solver, AbstractMeasuredSolver) and is_zero(
         getattr(rule.solver, "atol", 0.0)
     )
     if wide and relative:
-        return _Asked(vector, options, None)
-    power = inverse_power(max_abs(vector))
-    unit = jnp.maximum(power, jnp.minimum(power * _LARGE, 1))
-    given = {key: scale(unit, options[key]) for key in _STARTS if key in options}
-    return _Asked(scale(unit, vector), {**options, **given}, inverse_power(unit))
+        return as_given(vector, options)
+    return in_range(vector, options, small=1.0)
 
 
-def _answer(rule: LinearRule, state: Any, asked: _Asked) -> Measured:
+def _answer(rule: LinearRule, state: Any, asked: Asked) -> Measured:
     """The solution and what it is worth.
 
     A solver of ours has measured its answer; of any other, Krylov solvers divide by the
@@ -182,7 +170,7 @@ def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
 
 def _direct(
     rule: LinearRule, state: Any, vector: PyTree[Array]
-) -> tuple[_Asked, Measured]:
+) -> tuple[Asked, Measured]:
     """The system for a tangent in other units, and its answer in them."""
     asked = _normalised(rule, vector, rule.options)
     return asked, _answer(rule, state, asked)
@@ -190,7 +178,7 @@ def _direct(
 
 def transposed(
     rule: LinearRule, state: Any, vector: PyTree[Array]
-) -> tuple[_Asked, Measured]:
+) -> tuple[Asked, Measured]:
     """The transposed system for a cotangent in other units, and its answer in them."""
     state, options = rule.solver.transpose(state, rule.options)
     asked = _normalised(rule, vector, options)

@@ -4,30 +4,67 @@ A compiled solve is kept under its callables. A callable stays the same when an 
 that it captured is bound anew, an attribute of its object is set, or a NumPy array is
 changed in place; the program compiled from it does not. So a solve is kept under what
 its callables read, too: closure cells, defaults, the globals and attributes that their
-code names, and whatever these hold.
+code names, and whatever these hold. Operators, `x[k]`, `for`, descriptors and
+`__getattr__` call methods that no code names, so the special methods of an object count
+as called. Looking runs no code of the user: it reads dictionaries, slots and bytecode.
 """
 
 import contextlib
+import dis
 import functools
 import os
 import sysconfig
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections import ChainMap, UserDict, UserList, UserString
+from collections.abc import Hashable, Iterator, Mapping, Set
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+from ._held import held, PLAIN
+
 # Installed code is taken not to bind its own globals anew; nor do we.
 _INSTALLED = (
+    "<frozen ",  # modules of the standard library
     os.path.dirname(__file__),
     *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),
 )
-# What calling an object reads of it.
+# What calls that no code names read of an object, beside its special methods.
 _CALLED = frozenset({"__call__", "__wrapped__"})
+_MAKING = frozenset({"__new__", "__init__", "__post_init__"})
+# No number comes of these, and they read whatever there is. The last two count for
+# code that compares (`_read_by`): those that a dataclass is given read every field.
+_APART = _MAKING.union(
+    "__init_subclass__ __subclasshook__ __class_getitem__ __set_name__".split(),
+    "__setattr__ __delattr__ __del__ __dir__ __sizeof__ __hash__".split(),
+    "__repr__ __str__ __format__ __getstate__ __setstate__".split(),
+    "__reduce__ __reduce_ex__ __eq__ __ne__".split(),
+)
+# Attributes that a class statement makes of itself, and methods written in C.
+_IDLE = frozenset(
+    {
+        *(*PLAIN, tuple, dict, frozenset),
+        types.WrapperDescriptorType,
+        types.MethodDescriptorType,
+        types.ClassMethodDescriptorType,
+        types.GetSetDescriptorType,
+        types.MemberDescriptorType,
+        types.BuiltinFunctionType,
+    }
+)
+# The attributes of a type that C code made once and for all are not bound anew.
+_IMMUTABLE = 1 << 8  # `Py_TPFLAGS_IMMUTABLETYPE`
+# What is no more than its attributes, whatever they are called.
+_WHOLE = (eqx.Module, np.ma.MaskedArray, ChainMap, UserDict, UserList, UserString)
+_ARRAYS = (jax.Array, Tracer)
+_COMPOSED = (eqx.Module, list, tuple, dict, types.MethodType, functools.partial)
+# By the class, not `__class__`, which an object may make up; and from memory, as to ask
+# an abstract class is slow.
+_extends = functools.lru_cache(maxsize=4096)(issubclass)
 
 
 class _Same:
@@ -98,111 +135,172 @@ def without_arrays(tree: Any) -> Any:
 
 def _read(roots: Any) -> list[Hashable]:
     # Code may read an attribute of an object that it was passed: all names count for
-    # all objects, so the walk is repeated until no name is new.
-    names, known = set(_CALLED), -1
-    values = list[Hashable]()
-    while known < len(names):
-        known = len(names)
-        values = list(_values(roots, names, set()))
-    return values
+    # all objects, so the walk is repeated where a later name would have found more.
+    names = set(_CALLED)
+    while True:
+        walk = _Walk(names)
+        values = walk.values(roots)
+        if all(len(names & scope.keys()) == found for scope, found in walk.found):
+            return values
 
 
-def _values(value: object, names: set[str], seen: set[int]) -> Iterator[Hashable]:
-    """What tells `value` from another, and so on for what it holds."""
-    if isinstance(value, _PLAIN):
-        yield repr(value)  # which tells 1 from 1.0, and 0.0 from -0.0
-    elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
-        yield _Content(value)
-    elif isinstance(value, jax.Array):
-        yield _Same(value)
-    elif id(value) not in seen:
-        seen.add(id(value))
-        yield _kind(value)
-        for part in _parts(value, names):
-            yield from _values(part, names, seen)
+class _Walk:
+    """One way through all that some value holds, as far as `names` names it."""
 
+    def __init__(self, names: set[str]):
+        self.names = names
+        self.seen = dict[int, int]()
+        self.slots = dict[int, list[types.MemberDescriptorType]]()
+        self.found = list[tuple[Mapping[str, object], int]]()
 
-def _kind(value: object) -> Hashable:
-    if isinstance(value, types.FunctionType):
-        return _Same(value.__code__)
-    hashable = type(value).__hash__ is not None and not _is_composed(value)
-    return value if hashable else type(value)
+    def values(self, root: object) -> list[Hashable]:
+        """What tells `root` from another. No recursion: what is held may be deep."""
+        values, left = list[Hashable](), [root]
+        alive = list[object]()  # or an `id` could come again
+        while left:
+            value = left.pop()
+            if (single := _single(value)) is not None:
+                values.append(single)
+            elif id(value) in self.seen:
+                values.append(self.seen[id(value)])
+            else:
+                self.seen[id(value)] = len(self.seen)
+                alive.append(value)
+                parts = list(self.parts(value))
+                values += (_kind(value), len(parts))
+                left += parts
+        return values
 
+    def parts(self, value: Any) -> Iterator[object]:
+        if isinstance(value, types.FunctionType):
+            yield from self.parts_of_function(value)
+        elif isinstance(value, types.ModuleType):
+            if not _is_installed(getattr(value, "__file__", None)):
+                yield from self.named(vars(value))
+                yield from _named(vars(value), {"__getattr__"})
+        else:
+            yield from held(value)
+            yield from self.parts_by_class(value)  # whose code names attributes
+            if isinstance(value, type):
+                yield from self.parts_of_class(value)
+            else:
+                yield from self.attributes(value)
 
-def _is_composed(value: object) -> bool:
-    """Whether `_parts` is all there is to `value`, whichever instance it is."""
-    composed = (eqx.Module, list, tuple, dict, types.MethodType, functools.partial)
-    return isinstance(value, composed) or not jtu.all_leaves([value])
+    def attributes(self, value: object) -> Iterator[object]:
+        try:  # past a `__getattribute__` of the user
+            own: dict[str, object] = object.__getattribute__(value, "__dict__")
+        except AttributeError:
+            return
+        whole = _extends(type(value), _WHOLE)
+        yield from own.values() if whole else self.named(own)
 
+    def parts_of_function(self, fn: types.FunctionType) -> Iterator[object]:
+        for cell in fn.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+        yield from fn.__defaults__ or ()
+        yield from (fn.__kwdefaults__ or {}).values()
+        yield from self.named(fn.__dict__)
+        yield from _named(fn.__globals__, self.own_names(fn))
 
-def _parts(value: Any, names: set[str]) -> Iterator[object]:
-    if isinstance(value, types.FunctionType):
-        yield from _parts_of_function(value, names)
-    elif isinstance(value, types.MethodType):
-        yield from (value.__func__, value.__self__)
-    elif isinstance(value, functools.partial):
-        yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, dict):
-        yield from value.keys()
-        yield from value.values()
-    elif isinstance(value, (list, tuple)):
-        yield from value
-    elif isinstance(value, set):
-        yield frozenset(value)
-    else:
-        yield from _parts_of_object(value, names)
-
-
-def _parts_of_function(fn: types.FunctionType, names: set[str]) -> Iterator[object]:
-    for cell in fn.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty cell
-            yield cell.cell_contents
-    yield from fn.__defaults__ or ()
-    yield from (fn.__kwdefaults__ or {}).values()
-    if not _is_installed(fn.__code__.co_filename):
+    def own_names(self, fn: types.FunctionType) -> Set[str]:
+        if _is_installed(fn.__code__.co_filename):
+            return frozenset()
         own = _names(fn.__code__)
-        names |= own
-        yield from (fn.__globals__[name] for name in own & fn.__globals__.keys())
+        self.names |= own
+        return own
+
+    def parts_of_class(self, value: type) -> Iterator[object]:
+        """What is read of a class that code may call."""
+        for cls in value.__mro__[:-1]:
+            yield from self.read_of(cls)
+            makers = _named(vars(cls), _MAKING)
+            yield from (maker for maker in makers if _is_followed(maker))
+
+    def parts_by_class(self, value: object) -> Iterator[object]:
+        """What the class of `value` has for all of its objects, once; and slots."""
+        for cls in type(value).__mro__[:-1]:
+            if id(cls) not in self.slots:
+                read = self.read_of(cls)
+                slots = [a for a in read if isinstance(a, types.MemberDescriptorType)]
+                self.slots[id(cls)] = slots
+                yield from read
+            for slot in self.slots[id(cls)]:
+                with contextlib.suppress(AttributeError):  # an empty slot
+                    yield slot.__get__(value)
+
+    def read_of(self, cls: type) -> list[object]:
+        if cls.__flags__ & _IMMUTABLE:
+            return []
+        scope = vars(cls)
+        special = (scope[name] for name in _special(tuple(scope)))
+        called = [attribute for attribute in special if _is_followed(attribute)]
+        for attribute in called:
+            if isinstance(attribute, types.FunctionType):
+                self.own_names(attribute)
+        return self.named(scope) + called
+
+    def named(self, scope: Mapping[str, object]) -> list[object]:
+        found = _named(scope, self.names)
+        self.found.append((scope, len(found)))
+        return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _special(names: tuple[str, ...]) -> list[str]:
+    special = (name for name in names if name.startswith("__") and name.endswith("__"))
+    return [name for name in special if name not in _APART]
+
+
+def _is_followed(attribute: Any) -> bool:
+    """Whether calling it may run code that is not installed."""
+    if type(attribute) in _IDLE:
+        return False
+    if isinstance(attribute, (staticmethod, classmethod)):
+        attribute = attribute.__func__
+    if isinstance(attribute, types.FunctionType):
+        wraps = bool(attribute.__dict__)  # `__wrapped__` is there
+        return wraps or not _is_installed(attribute.__code__.co_filename)
+    return callable(attribute) or hasattr(type(attribute), "__get__")
+
+
+def _single(value: Any) -> Hashable | None:
+    """What tells a value that holds no others."""
+    kind = type(value)
+    if kind in PLAIN:
+        return repr(value)  # which tells 1 from 1.0, and 0.0 from -0.0
+    if kind is np.ndarray or issubclass(kind, np.generic):
+        return None if value.dtype.hasobject else _Content(value)
+    return _Same(value) if _extends(kind, _ARRAYS) else None
+
+
+def _kind(value: Any) -> Hashable:
+    kind = type(value)
+    if kind is types.FunctionType:
+        return _Same(value.__code__)
+    # For these the parts are all there is, whichever instance it is.
+    composed = kind.__hash__ is None or _extends(kind, _COMPOSED)
+    return kind if composed or not jtu.all_leaves([value]) else value
+
+
+def _named(scope: Mapping[str, object], names: Set[str]) -> list[object]:
+    return [scope[name] for name in names & scope.keys()]
 
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> frozenset[str]:
-    """The globals and attributes that a function names, and functions inside it."""
+    """The globals and attributes that a function reads, and functions inside it."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return frozenset(code.co_names).union(*map(_names, inner))
+    return frozenset(_read_by(code)).union(*map(_names, inner))
+
+
+def _read_by(code: types.CodeType) -> Iterator[str]:
+    for step in dis.get_instructions(code):
+        if step.opcode in dis.hasname and not step.opname.startswith("STORE"):
+            yield str(step.argval)
+        elif step.opname == "CONTAINS_OP" or step.argval in ("==", "!="):
+            yield from ("__eq__", "__ne__")
 
 
 def _is_installed(filename: str | None) -> bool:
     return filename is None or filename.startswith(_INSTALLED)
-
-
-def _parts_of_object(value: Any, names: set[str]) -> Iterator[object]:
-    if isinstance(value, eqx.Module):
-        yield from vars(value).values()
-    elif not jtu.all_leaves([value]):
-        yield from jtu.tree_leaves(value)
-    elif isinstance(value, types.ModuleType):
-        if not _is_installed(getattr(value, "__file__", None)):
-            yield from _named(vars(value), names)
-        return
-    else:
-        yield from _named(getattr(value, "__dict__", {}), names)
-    for cls in (value if isinstance(value, type) else type(value)).__mro__[:-1]:
-        for attribute in _named(vars(cls), names):
-            yield from _undescribed(attribute, value)
-
-
-def _named(scope: Mapping[str, object], names: set[str]) -> list[object]:
-    return [scope[name] for name in names & scope.keys()]
-
-
-def _undescribed(attribute: Any, value: object) -> Iterator[object]:
-    """What a class attribute stands for in `value`: code, or what a slot holds."""
-    if isinstance(attribute, property):
-        yield attribute.fget
-    elif isinstance(attribute, (staticmethod, classmethod)):
-        yield attribute.__func__
-    elif isinstance(attribute, types.MemberDescriptorType):
-        yield getattr(value, attribute.__name__, None)
-    else:
-        yield attribute

@@ -1,6 +1,6 @@
 r"""Which linear system a derivative solves, by which solver, why, and how well."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ._adjoint import ImplicitAdjoint
-from ._custom_types import PyTree
+from ._custom_types import LinearSolver, PyTree
 from ._finding import Finding, number, rendered
 from ._forward import failed_solve
 from ._linear import factorised, LinearRule, transposed
@@ -19,12 +19,22 @@ from ._point import AnyLayer, examine, flat, implicit_adjoint, Point, subject, u
 from ._spectrum import conditioning, false_tags, matrix_of, Spectrum, spectrum_of
 from ._state import real_dtype, to_real
 from ._vector import vector_at
-from .linear_solvers import AutoLinearSolver
+from .linear_solvers import (
+    AutoLinearSolver,
+    Checked,
+    DirectLU,
+    DirectSymmetric,
+    HybridKrylov,
+    SparseDirect,
+)
 from .linear_solvers._placed import OnOneDevice
 from .linear_solvers._residual import scale, where, zeros_like
 from .linear_solvers.checked import checked
 
 Vector = np.ndarray[Any, np.dtype[Any]]
+_GIVEN = "the `linear_solver` of the adjoint"
+# They take no steps: those that are reported with their answer led to none.
+_DIRECT = (DirectLU, DirectSymmetric, SparseDirect)
 
 
 class GradientReport(eqx.Module):
@@ -32,14 +42,15 @@ class GradientReport(eqx.Module):
 
     **Attributes:**
 
-    - `solver`: the class of the linear solver that runs, and `reason`: why that one.
+    - `solver`: the class of the linear solver that has answered, and `reason`: why that
+        one. It may be another than the one that was chosen first, where that failed.
     - `size`: the number of real unknowns, and `dtype`: the dtype they are solved in.
     - `residual`: `‖ȳ - (∂F/∂y)ᵀ x‖ / ‖ȳ‖` of the adjoint solve, measured. Euclidean,
         dimensionless.
     - `iterations`: the number of steps of the linear solver; `None` if it reports none.
     - `condition`: the condition number of `∂F/∂y`, for up to 512 unknowns; for more,
         the estimate of the linear solver, if it makes one.
-    - `num_bytes`: what the linear solver keeps of `∂F/∂y` (a factorisation, say).
+    - `num_bytes`: what that solver keeps of `∂F/∂y` (a factorisation, say).
     - `error`: the relative error of the adjoint vector `x` against a dense solve, or
         the pseudo-inverse of a singular matrix, for up to 512 unknowns.
     - `findings`: what is the matter, each an [`eqximplicit.Finding`][].
@@ -108,19 +119,63 @@ def _dtype(tree: PyTree[Array]) -> Any:
     return jtu.tree_leaves(tree)[0].dtype
 
 
-def _chosen(
-    operator: lx.AbstractLinearOperator, adjoint: ImplicitAdjoint
-) -> tuple[str, str]:
-    solver = adjoint.linear_solver
+class _Answerer(NamedTuple):
+    """The solver that has answered, why it was that one, and for which it stands in."""
+
+    solver: LinearSolver
+    reason: str
+    stands_for: str | None
+
+    @property
+    def name(self) -> str:
+        return _name(self.solver)
+
+    @property
+    def words(self) -> str:
+        other = "" if self.stands_for is None else f" for `{self.stands_for}`"
+        return f"`{self.name}`{other}"
+
+
+def _answerer(
+    operator: lx.AbstractLinearOperator, adjoint: ImplicitAdjoint, stats: dict[str, Any]
+) -> _Answerer:
+    given, stands_for = adjoint.linear_solver, None
+    solver, reason = checked(given, operator), f"it is {_GIVEN}"
     if isinstance(solver, AutoLinearSolver):
-        chosen, reason = solver.select(operator)
-        chosen = chosen.direct if isinstance(chosen, OnOneDevice) else chosen
-        return type(chosen).__name__, reason
-    return type(solver).__name__, "it is the `linear_solver` of the adjoint"
+        solver, reason = solver.select(operator)
+    elif not isinstance(solver, (type(given), Checked)):
+        stands_for = _name(given)
+        reason = f"it stands in for `lx.{stands_for}`, {_GIVEN}"
+    turns = _in_turn(solver)
+    number = min(int(stats.get("fallback", 0)), len(turns) - 1)
+    if number > 0:
+        failed = ", ".join(f"`{_name(solver)}`" for solver in turns[:number])
+        reason = f"{reason}. Here {failed} had no answer, and this one is next"
+    return _Answerer(turns[number], reason, stands_for)
 
 
-def _kept_bytes(operator: lx.AbstractLinearOperator, adjoint: ImplicitAdjoint) -> int:
-    state = eqx.filter_eval_shape(adjoint.linear_solver.init, operator, adjoint.options)
+def _name(solver: LinearSolver) -> str:
+    return type(solver.solver if isinstance(solver, Checked) else solver).__name__
+
+
+def _in_turn(solver: LinearSolver) -> list[LinearSolver]:
+    """The solvers that are asked one after the other, until one has an answer."""
+    if isinstance(solver, OnOneDevice):
+        return [solver.direct, *_in_turn(solver.otherwise)]
+    if isinstance(solver, HybridKrylov) and solver.fallback is not None:
+        return [solver, solver.fallback]
+    return [solver]
+
+
+def _steps(solver: LinearSolver, stats: dict[str, Any]) -> int | None:
+    steps = None if isinstance(solver, _DIRECT) else stats.get("num_steps")
+    return None if steps is None else int(steps)
+
+
+def _kept_bytes(
+    solver: LinearSolver, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+) -> int:
+    state = eqx.filter_eval_shape(solver.init, operator, options)
     kept = [x for x in jtu.tree_leaves(state) if isinstance(x, jax.ShapeDtypeStruct)]
     return sum(x.size * x.dtype.itemsize for x in kept)
 
@@ -158,7 +213,7 @@ def _condition(spectrum: Spectrum | None, stats: dict[str, Any]) -> float | None
     if spectrum is not None:
         return spectrum.condition
     estimate = stats.get("condition_estimate")
-    return None if estimate is None else float(estimate)
+    return None if estimate is None or np.isnan(estimate) else float(estimate)
 
 
 def gradient_report(
@@ -208,42 +263,41 @@ def gradient_report(
         ct = _as_cotangent(point, cotangent)
     solved = _solved(point, point.untagged.transpose(), adjoint, ct)
     error = _error(matrix, spectrum, flat(solved.x), flat(ct))
-    steps = solved.stats.get("num_steps")
-    name, reason = _chosen(point.operator, adjoint)
+    answerer = _answerer(point.operator, adjoint, solved.stats)
     findings = [
         *failed_solve(point),
         *false_tags(point, matrix, spectrum, random),
         *conditioning(point, spectrum),
-        *_inexact(name, solved, error, point.eps),
+        *_inexact(answerer, solved, error, point.eps),
     ]
     return GradientReport(
-        solver=name,
-        reason=reason,
+        solver=answerer.name,
+        reason=answerer.reason,
         size=point.size,
         dtype=str(real_dtype(point.y)),
         residual=float(solved.residual),
-        iterations=None if steps is None else int(steps),
+        iterations=_steps(answerer.solver, solved.stats),
         condition=_condition(spectrum, solved.stats),
-        num_bytes=_kept_bytes(point.operator, adjoint),
+        num_bytes=_kept_bytes(answerer.solver, point.operator, adjoint.options),
         error=error,
         findings=tuple(findings),
     )
 
 
 def _inexact(
-    name: str, solved: _Adjoint, error: float | None, eps: float
+    answerer: _Answerer, solved: _Adjoint, error: float | None, eps: float
 ) -> list[Finding]:
     residual = float(solved.residual)
     figures = f"relative residual {number(residual)}, relative error {number(error)}"
     if not bool(solved.successful):
         other = "LeastNorm()"
-        if name == "LeastNorm":  # which has found no solution
+        if answerer.name == "LeastNorm":  # which has found no solution
             other = "LeastNorm(least_squares=True)"
         return [
             Finding(
                 "error",
-                f"`{name}` did not solve the adjoint system for this cotangent, so the "
-                "derivative is NaN.",
+                f"{answerer.words} did not solve the adjoint system for this "
+                "cotangent, so the derivative is NaN.",
                 "`adjoint.linear_solver`",
                 figures,
                 "Pass the cotangent of your own loss; if it fails too, use another "
@@ -256,7 +310,7 @@ def _inexact(
         Finding(
             "warning",
             "The adjoint system is solved inexactly, so the derivative is approximate.",
-            f"`adjoint.linear_solver`, a `{name}`",
+            f"`adjoint.linear_solver`, here {answerer.words}",
             figures,
             "If that is not on purpose, tighten its tolerance, give it more steps, or "
             "use `eqi.AutoLinearSolver()`.",

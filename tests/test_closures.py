@@ -1,6 +1,12 @@
 """Arrays captured by closure, in the condition and in the solver."""
 
+import array
+import collections
+import contextvars
+import dataclasses
 import functools
+import types
+import weakref
 
 import equinox as eqx
 import jax
@@ -499,6 +505,383 @@ def test_eager_layer_sees_a_change_of_what_its_function_reads(case):
         change(k)
         assert_close(solve(jnp.array(1.0)), 1 / k)
         assert_close(jax.grad(solve)(jnp.array(1.0)), 1 / k)
+
+
+class Special:
+    """Its stiffness is read by special methods only, and code names none of them."""
+
+    def __init__(self, k):
+        self._k = k
+
+    def __matmul__(self, y):
+        return self._k * y
+
+    def __rmul__(self, y):
+        return self._k * y
+
+    def __neg__(self):
+        return -self._k
+
+    def __getitem__(self, key):
+        return {"k": self._k}[key]
+
+    def __iter__(self):
+        yield self._k
+
+    def __getattr__(self, name):
+        if name != "stiffness":
+            raise AttributeError(name)
+        return self._k
+
+    def __eq__(self, other):
+        return (np.asarray(self._k).item() > 3) == other
+
+    __hash__ = None
+
+
+class Derived(Special):
+    """Has the special methods from a base."""
+
+    __slots__ = ("unused",)
+
+
+class Described:
+    """A descriptor."""
+
+    def __get__(self, owner, cls=None):
+        return owner._k
+
+
+class WithDescriptor:
+    k = Described()
+
+    def __init__(self, k):
+        self._k = k
+
+
+class Meta(type):
+    @property
+    def of_all(cls):
+        return cls.hidden
+
+    def __getitem__(cls, key):
+        return cls.held[key]
+
+
+class WithMeta(metaclass=Meta):
+    hidden, held = 2.0, [2.0]
+
+
+class Makes:
+    """Reads a global where it is made."""
+
+    def __init__(self, factor):
+        self.k = factor * STIFFNESS
+
+
+class Named(dict):
+    """A dictionary with an attribute and a method."""
+
+    def force(self, y):
+        return self.factor * self["k"] * y
+
+
+class Weight(float):
+    """A number with an attribute."""
+
+    def __mul__(self, y):
+        return self.factor * y
+
+
+@dataclasses.dataclass
+class Config:
+    k: object
+    steps: int = 0
+
+    def __matmul__(self, y):
+        return self.k * y
+
+
+@jax.tree_util.register_pytree_node_class
+class Node:
+    """A pytree with an attribute that is no leaf of it."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def tree_flatten(self):
+        return (), self.k
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        del children
+        return cls(aux)
+
+
+SPECIAL = {
+    "matmul": lambda o, y: o @ y,
+    "reflected": lambda o, y: y * o,
+    "neg": lambda o, y: -(-o * y),
+    "getitem": lambda o, y: o["k"] * y,
+    "iter": lambda o, y: sum(k * y for k in o),
+    "getattr": lambda o, y: o.stiffness * y,
+    "eq": lambda o, y: (4.0 if o == True else 2.0) * y,  # noqa: E712
+}
+
+
+def _special(kind, cls):
+    force, held = SPECIAL[kind], cls(jnp.array(2.0))
+    return (
+        lambda y, a: force(held, y) - a,
+        lambda k: setattr(held, "_k", jnp.array(k)),
+    )
+
+
+def _held(held, read, change):
+    """A function of what is held: `read(held)` is the stiffness."""
+    return lambda y, a: read(held) * y - a, functools.partial(change, held)
+
+
+def _set_item(held, k):
+    held[0] = k
+
+
+def _context_variable():
+    variable = contextvars.ContextVar("k", default=2.0)
+    return lambda y, a: variable.get() * y - a, variable.set
+
+
+def _mapping_proxy():
+    held = {"k": 2.0}
+    shown = types.MappingProxyType(held)
+    return lambda y, a: shown["k"] * y - a, lambda k: held.update(k=k)
+
+
+def _values_of_a_dictionary():
+    held = {"k": 2.0}
+    shown = held.values()
+    return lambda y, a: sum(k * y for k in shown) - a, lambda k: held.update(k=k)
+
+
+def _weak_reference(refer):
+    spring = Spring(2.0)
+
+    def change(k, spring=spring):
+        spring.stiffness = k
+
+    referred = refer(spring)
+    get = lambda: referred() if isinstance(referred, weakref.ref) else referred
+    return lambda y, a: get().stiffness * y - a, change
+
+
+def _rebound_slice():
+    part = slice(1, 2)
+
+    def change(k):
+        nonlocal part
+        part = slice(int(k) - 1, int(k))
+
+    values = np.arange(1.0, 9.0)
+    return lambda y, a: jnp.sum(jnp.asarray(values[part])) * y - a, change
+
+
+def _order_of_the_same_fields():
+    fields = [lambda: 2.0, lambda: 4.0, lambda: 2.0]
+    order = [fields[0], fields[1], fields[0]]
+
+    def change(k):
+        order[2] = fields[int(k) // 2 - 1]
+
+    return lambda y, a: order[2]() * y - a, change
+
+
+def _function_attribute():
+    def residual(y, a):
+        return residual.stiffness * y - a
+
+    return residual, functools.partial(setattr, residual, "stiffness")
+
+
+def _attribute_of_a_metaclass():
+    return (
+        lambda y, a: WithMeta.of_all * y - a,
+        lambda k: setattr(WithMeta, "hidden", k),
+    )
+
+
+def _value_of_a_metaclass():
+    class WithScale(type):
+        scale = 2.0
+
+    class Scaled(metaclass=WithScale):
+        pass
+
+    return lambda y, a: Scaled.scale * y - a, functools.partial(
+        setattr, WithScale, "scale"
+    )
+
+
+def _item_of_a_metaclass():
+    return (
+        lambda y, a: WithMeta[0] * y - a,
+        lambda k: WithMeta.held.__setitem__(0, k),
+    )
+
+
+def _global_of_a_constructor():
+    return lambda y, a: Makes(1.0).k * y - a, _rebind_global
+
+
+def _attribute_of_a_dictionary():
+    held = Named(k=1.0)
+    held.factor = 2.0
+    return lambda y, a: held.force(y) - a, functools.partial(setattr, held, "factor")
+
+
+def _attribute_of_a_number():
+    held = Weight(1.0)
+    held.factor = 2.0
+    return lambda y, a: held * y - a, functools.partial(setattr, held, "factor")
+
+
+def _byte_view():
+    held = bytearray([2, 0])
+    shown = memoryview(held)
+    return lambda y, a: float(shown[0]) * y - a, lambda k: _set_item(held, int(k))
+
+
+def _deep_list():
+    held = [2.0]
+    deep = held
+    for _ in range(3000):  # more than may recurse
+        deep = [deep]
+
+    def residual(y, a):
+        inner = deep
+        while isinstance(inner[0], list):
+            inner = inner[0]
+        return inner[0] * y - a
+
+    return residual, functools.partial(_set_item, held)
+
+
+def _cycle():
+    held = collections.deque([2.0])
+    held.append(held)
+    return _held(held, lambda h: h[1][0], _set_item)
+
+
+def _object_array():
+    held = np.array([jnp.array(2.0), None], dtype=object)
+    return _held(held, lambda h: h[0], lambda h, k: _set_item(h, jnp.array(k)))
+
+
+UNNAMED = {
+    **{
+        f"{kind} of {cls.__name__}": functools.partial(_special, kind, cls)
+        for kind, cls in [(kind, Special) for kind in SPECIAL] + [("matmul", Derived)]
+    },
+    "dataclass": lambda: _held(
+        Config(2.0), lambda h: h @ 1.0, lambda h, k: setattr(h, "k", k)
+    ),
+    "descriptor": lambda: _held(
+        WithDescriptor(2.0), lambda h: h.k, lambda h, k: setattr(h, "_k", k)
+    ),
+    "pytree": lambda: _held(Node(2.0), lambda h: h.k, lambda h, k: setattr(h, "k", k)),
+    "deque": lambda: _held(collections.deque([2.0]), lambda h: h[0], _set_item),
+    "chain": lambda: _held(
+        collections.ChainMap({}, {0: 2.0}),
+        lambda h: h[0],
+        lambda h, k: _set_item(h.maps[1], k),
+    ),
+    "user list": lambda: _held(collections.UserList([2.0]), lambda h: h[0], _set_item),
+    "bytearray": lambda: _held(
+        bytearray([2]), lambda h: float(h[0]), lambda h, k: _set_item(h, int(k))
+    ),
+    "array": lambda: _held(array.array("d", [2.0]), lambda h: h[0], _set_item),
+    "objects": _object_array,
+    "context variable": _context_variable,
+    "mapping proxy": _mapping_proxy,
+    "values": _values_of_a_dictionary,
+    "weak reference": functools.partial(_weak_reference, weakref.ref),
+    "weak proxy": functools.partial(_weak_reference, weakref.proxy),
+    "slice": _rebound_slice,
+    "order": _order_of_the_same_fields,
+    "function attribute": _function_attribute,
+    "property of a metaclass": _attribute_of_a_metaclass,
+    "value of a metaclass": _value_of_a_metaclass,
+    "item of a metaclass": _item_of_a_metaclass,
+    "constructor": _global_of_a_constructor,
+    "dictionary with an attribute": _attribute_of_a_dictionary,
+    "number with an attribute": _attribute_of_a_number,
+    "memoryview": _byte_view,
+    "deep": _deep_list,
+    "cycle": _cycle,
+}
+
+
+# The others go the same ways.
+QUICK = {
+    *("matmul of Special", "neg of Special", "getitem of Special", "iter of Special"),
+    *("getattr of Special", "descriptor", "deque", "chain", "bytearray", "objects"),
+    *("context variable", "mapping proxy", "value of a metaclass"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in UNNAMED.items()
+    ],
+)
+def test_eager_layer_sees_a_change_of_what_no_code_names(case):
+    test_eager_layer_sees_a_change_of_what_its_function_reads(case)
+
+
+class Watched:
+    """Counts each call of a method that looking might run."""
+
+    def __init__(self):
+        self.k, self.calls = 2.0, 0
+
+    def __matmul__(self, y):
+        return self.k * y
+
+    def _called(self, *args):
+        self.calls += 1
+        raise AttributeError(args)
+
+    __iter__ = __getattr__ = __len__ = __repr__ = __bool__ = __array__ = _called
+
+
+def test_looking_for_a_change_runs_no_method_of_an_object():
+    watched, traced = Watched(), []
+
+    def residual(y, a):
+        traced.append(y)
+        return watched @ y - a
+
+    layer = eqi.ImplicitFunction(eqi.Root(residual), optx.Newton(**NEWTON))
+    for _ in range(2):
+        assert_close(layer(jnp.array(0.5), jnp.array(1.0)), 0.5)
+    assert watched.calls == 0
+
+
+def test_eager_layer_compiles_once_where_an_unread_field_changes():
+    config, traces = Config(2.0), []
+
+    def residual(y, a):
+        traces.append(None)
+        return config @ y - a
+
+    layer = eqi.ImplicitFunction(eqi.Root(residual), optx.Newton(**NEWTON))
+    counts = []
+    for _ in range(3):
+        assert_close(layer(jnp.array(0.5), jnp.array(1.0)), 0.5)
+        counts.append(len(traces))
+        config.steps += 1
+    assert counts == [counts[0]] * 3
 
 
 def test_gradient_through_an_attribute_may_be_taken_again():

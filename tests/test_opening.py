@@ -129,7 +129,7 @@ def test_the_error_is_well_within_the_tolerance(rate):
     fn = lambda y, a: rate * y + a
     solution = eqi.fixed_point(fn, jnp.zeros(100), 1.0)
     wanted = 1 / (1 - rate)
-    np.testing.assert_allclose(solution.value, wanted, atol=0.6e-8 * (1 + wanted))
+    np.testing.assert_allclose(solution.value, wanted, atol=0.3e-8 * (1 + wanted))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import optimistix as optx
 import pytest
 
 import eqximplicit as eqi
-from eqximplicit.linear_solvers import _klu, _pattern, _sparse_plans
+from eqximplicit.linear_solvers import _banded_plans, _klu, _pattern, _sparse_plans
 from eqximplicit.linear_solvers.sparse import detect_structure, SparseDirect
 
 jax.config.update("jax_enable_x64", True)
@@ -187,6 +187,46 @@ def test_pattern_covers_the_dense_jacobian(name):
         assert structure.nnz == np.count_nonzero(matrix)
 
 
+def on_rows(mix, scale=0.1):
+    """A map of 20 rows of 5, which `mix` couples by arrays of one row or column."""
+    return lambda y: 3 * y + scale * mix(y.reshape(20, 5)).reshape(-1)
+
+
+def selected(rows):
+    other = rows * rows.sum(1, keepdims=True)
+    by_row = jnp.where(rows[:, :1] > 0.5, other, rows * rows[:1])
+    return by_row + jax.lax.select_n(rows[0, 0] > 0.5, rows, other) + rows[3, 1] * rows
+
+
+BROADCASTS = {
+    "softmax": on_rows(jax.nn.softmax),
+    "centred": on_rows(lambda rows: rows - rows.mean(1, keepdims=True)),
+    "normed": on_rows(lambda r: r / jnp.linalg.norm(r, axis=1, keepdims=True)),
+    "row_sums": on_rows(lambda rows: rows * rows.sum(1, keepdims=True)),
+    "first_row": on_rows(lambda rows: rows * rows[:1]),
+    "outer": on_rows(lambda rows: rows[:, :1] * rows[:1, :]),
+    "kron": lambda y: 4 * y + 0.1 * jnp.kron(y[:10], jnp.ones(10)),
+    "constant": on_rows(lambda rows: rows[:, :1] * jnp.ones((1, 5))),
+    "clamped": on_rows(lambda rows: jax.lax.clamp(0.3, rows, 0.7) * rows[:, 1:2]),
+    "selected": on_rows(selected),
+}
+
+
+@pytest.mark.parametrize("name", list(BROADCASTS))
+def test_an_axis_of_one_entry_is_repeated(name):
+    fn, y = BROADCASTS[name], vector(100)
+    structure, matrix = detect_structure(jacobian_of(fn, y)), dense(jacobian_of(fn, y))
+    found = np.zeros(matrix.shape, bool)
+    found[structure.rows, structure.cols] = True
+    if name == "selected":  # both branches of a selection count
+        found &= matrix != 0
+    np.testing.assert_array_equal(found, matrix != 0)
+    x, x_t, ok = both_ways(fn, y, like(y))
+    assert bool(ok)
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, like(y)), atol=EXACT)
+    np.testing.assert_allclose(x_t, np.linalg.solve(matrix.T, like(y)), atol=EXACT)
+
+
 def test_kinds_and_colours_are_those_of_the_textbook():
     kinds = {k: detect_structure(jacobian_of(*STATES[k])).kind for k in STATES}
     assert kinds["diagonal"] == kinds["one"] == "diagonal"
@@ -272,6 +312,71 @@ def test_float32(name):
     expected = np.linalg.solve(matrix, flat(b)), np.linalg.solve(matrix.T, flat(b))
     np.testing.assert_allclose(flat(x), expected[0], atol=SINGLE)
     np.testing.assert_allclose(flat(x_t), expected[1], atol=SINGLE)
+
+
+def drift(y, left, right):
+    """Implicit Euler for a linear diffusion with a drift, walls at zero."""
+    wide = jnp.pad(y, 1)
+    return (1 + left + right) * y - left * wide[:-2] - right * wide[2:]
+
+
+def read_off(y, left, right):
+    """The same, and its diagonals are not seen in the jaxpr."""
+    first = (1 + left + right) * y[0] - right * y[1]
+    return drift(y, left, right).at[0].set(first)
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "rate"),
+    [(2000, jnp.float64, 5.0), (300, jnp.float32, 5.0), (1600, jnp.float32, 100.0)],
+)
+@pytest.mark.parametrize("fn", [drift, read_off])
+def test_the_answer_to_a_point_load_may_underflow(fn, n, dtype, rate):
+    fn = functools.partial(fn, left=rate, right=0.9 * rate)
+    b = jnp.zeros(n, dtype).at[n // 20].set(1.0)
+    x, x_t, ok = both_ways(fn, jnp.ones(n, dtype), b)
+    matrix = dense(jacobian_of(fn, jnp.ones(n)))
+    expected = np.linalg.solve(matrix, b), np.linalg.solve(matrix.T, b)
+    assert min(abs(expected[0])) < float(jnp.finfo(dtype).tiny)
+    assert bool(ok)
+    tolerance = EXACT if dtype == jnp.float64 else SINGLE
+    np.testing.assert_allclose(x, expected[0], atol=tolerance)
+    np.testing.assert_allclose(x_t, expected[1], atol=tolerance)
+
+
+def test_where_a_solution_has_decayed_it_is_still_judged_in_the_units_of_its_row():
+    n, units = 1000, 10.0 ** jnp.linspace(-15, 15, 1000)
+    bands = tuple(units * c for c in (jnp.full(n, -0.5), jnp.full(n, 2.0), -0.4))
+    b = (units * jnp.zeros(n)).at[n // 3].set(units[n // 3])
+    x = _banded_plans._band_solve(tuple(v / units for v in bands), b / units)
+    accepted = lambda x: np.asarray(_banded_plans._small_backward_error(bands, x, b))
+    assert np.all(accepted(x))
+    for at in (0, n // 3, n - 1):
+        assert not accepted(x.at[at].add(1e-10))[at]
+        assert not np.any(accepted(x.at[at].set(jnp.nan)))
+        assert not np.any(accepted(x.at[at].set(jnp.inf)))
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(1700, jnp.float64), (240, jnp.float32)])
+def test_derivative_of_an_implicit_step_at_one_point(n, dtype):
+    def residual(u, args):
+        k, old = args
+        wide = jnp.pad(u, 1)
+        middle = 0.5 * (wide[1:] + wide[:-1])
+        return u - old - 4 * jnp.diff(k * (1 + 0.5 * middle**2) * jnp.diff(wide))
+
+    adjoint = eqi.ImplicitAdjoint(linear_solver=SparseDirect())
+    solver = optx.Newton(1e-5, 1e-5)
+    layer = eqi.ImplicitFunction(eqi.Root(residual), solver, adjoint=adjoint)
+    k, old = jnp.linspace(0.8, 1.2, n + 1), jnp.sin(jnp.linspace(0, 3, n))
+    k, old = k.astype(dtype), old.astype(dtype)
+    gradient = jax.jit(jax.grad(lambda k: layer(old, (k, old))[n // 20]))(k)
+
+    k, old = k.astype(jnp.float64), old.astype(jnp.float64)
+    u = layer(old, (k, old))
+    by_u, by_k = jax.jit(jax.jacfwd(lambda u, k: residual(u, (k, old)), (0, 1)))(u, k)
+    expected = -np.linalg.solve(np.asarray(by_u).T, np.eye(n)[n // 20]) @ by_k
+    np.testing.assert_allclose(gradient, expected, atol=SINGLE)
 
 
 def test_mixed_float_dtypes_are_kept():
@@ -430,11 +535,19 @@ def zero_row(y):
     return (3 * y + jnp.roll(y, 2)) * jnp.where(jnp.arange(y.size) == 4, 0.0, 1.0)
 
 
+def crowded(y):
+    """Three rows of one entry each, all in one column."""
+    return jnp.concatenate([ring(y)[:5], jnp.repeat(y[9:10], 3), ring(y)[8:]])
+
+
 SINGULAR = {
     "diagonal": (lambda y: y * jnp.where(jnp.arange(y.size) == 4, 0.0, 1.0), 12),
     "neumann": (neumann, 300),
     "neumann_plane": (neumann_plane, (12, 11)),
     "zero_row": (zero_row, 90),
+    "empty_row": (lambda y: ring(y).at[5].set(0.0), 90),
+    "empty_column": (lambda y: ring(y.at[5].set(0.0)), 90),
+    "crowded_column": (crowded, 90),
 }
 
 
@@ -447,6 +560,9 @@ SINGULAR = {
         ("neumann_plane", "blocks"),
         ("zero_row", "klu"),
         ("zero_row", "blocks"),
+        ("empty_row", "klu"),
+        ("empty_column", "klu"),
+        ("crowded_column", "klu"),
     ],
 )
 def test_singular_systems_fail_and_never_raise(name, backend):
@@ -474,6 +590,32 @@ def test_a_singular_lane_leaves_the_others_alone(backend):
         matrix = dense(jacobian_of(lambda y, a=a: neumann_plane(y) + a * y, y))
         expected = np.linalg.solve(matrix, y.reshape(-1))
         np.testing.assert_allclose(flat(x[i]), expected, rtol=1e-9)
+
+
+def test_a_zero_row_of_a_complex_lane_leaves_the_others_alone():
+    y = jax.lax.complex(vector(90), vector(90, 1))
+
+    def solve(row):
+        operator = jacobian_of(lambda y: ring(y).at[4].multiply(row), y)
+        return solve_by_rule(operator, y, SparseDirect("klu"))
+
+    x = jax.jit(jax.vmap(solve))(jnp.array([1.0, 0.0], complex))
+    assert np.all(np.isnan(x[1]))
+    expected = np.linalg.solve(dense(lx.JacobianLinearOperator(with_args(ring), y)), y)
+    np.testing.assert_allclose(x[0], expected, rtol=1e-9)
+
+
+def test_derivatives_of_a_state_that_its_condition_does_not_determine_are_nan():
+    def condition(y, a):
+        return jax.lax.dynamic_update_slice(3 * y, jnp.sin(y[:5]), (20,)) - a
+
+    def root(a):
+        given = eqi.Root(condition), jnp.ones(100), a
+        return eqi.implicit_solution(*given, linear_solver=SparseDirect())
+
+    every = jnp.arange(3.0)
+    for derivative in (jax.jacfwd(root), jax.grad(lambda a: jnp.sum(root(a)))):
+        assert np.all(np.isnan(jax.jit(jax.vmap(derivative))(every)))
 
 
 @EVERY

@@ -12,6 +12,7 @@ from .._reduce import anywhere
 from .._state import every, peak
 from ._bands import diagonals_of
 from ._coloring import bands, colour
+from ._dense import NOISE
 from ._plan import (
     AbstractPlan,
     eps_power,
@@ -172,10 +173,18 @@ class TridiagonalPlan(AbstractPlan):
 
 
 def _small_backward_error(values: _Bands, x: Array, b: Array) -> Bool[Array, " n"]:
-    """Row by row; sharp for a dominant diagonal (Higham, 2002, section 9.6)."""
-    terms = [*_band_terms(values, x), -b]
-    size = sum(jnp.abs(term) for term in terms)
-    return jnp.abs(sum(terms)) <= eps_power(b.dtype, 0.75) * size
+    """Row by row; sharp for a dominant diagonal (Higham, 2002, section 9.6).
+
+    Where the solution has decayed, all that is left of it is rounding relative to its
+    largest entry, or was less than the smallest number. That many digits of its row are
+    not asked for.
+    """
+    limit = eps_power(b.dtype, 0.75)
+    rounding = NOISE * eps_power(b.dtype, 1) / limit * peak(x)  # NaN if `x` has one
+    lower, middle, upper = (jnp.abs(v) for v in values)
+    sizes = _band_terms((lower, middle, upper), jnp.abs(x) + rounding)
+    left = jnp.abs(_band_apply(values, x) - b)
+    return left <= limit * (sum(sizes) + jnp.abs(b))
 
 
 def _examined(values: _Bands, x: Array, b: Array) -> tuple[Array, Array]:

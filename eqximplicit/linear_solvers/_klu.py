@@ -41,16 +41,20 @@ def _quasi_random(count: int) -> Array:
 def _never_singular(values: Array) -> Array:
     r"""A matrix whose LU meets no zero pivot, equal to `values` up to rounding.
 
+    If it has full structural rank: an empty row stays one.
+
     KLU raises an error at an exactly zero pivot, which a derivative must not. A real
     matrix gets imaginary parts of $10^{-20}$ with many random bits: as in a
     complex-step derivative they change the real part of the solution by $10^{-40}$
     only, and a pivot that cancels in the real part is left with an imaginary one, so
     that the solution of a singular system is about $10^{20}$, which the caller sees.
-    A complex matrix has no such free direction: it is changed by $2^{-42}$.
+    A complex matrix has no such free direction: it is changed by $2^{-42}$, and where
+    it is zero by $10^{-20}$.
     """
     signs = _quasi_random(values.shape[0])
     if jnp.iscomplexobj(values):
-        return values * (1.0 + 2.0**-42 * jax.lax.complex(signs, signs[::-1]))
+        both = jax.lax.complex(signs, signs[::-1])
+        return values * (1.0 + 2.0**-42 * both) + 1e-20 * both
     return jax.lax.complex(values, 1e-20 * signs)
 
 
@@ -63,8 +67,8 @@ def klu_solve(
     """The solution, and its largest absolute value, column by column.
 
     In double precision whatever the dtypes and the configuration. The entries are
-    taken to be of order one. The size of the solution is that of its complex form:
-    about `1e20` if the matrix is singular.
+    taken to be of order one, at places of full structural rank. The size of the
+    solution is that of its complex form: about `1e20` if the matrix is singular.
     """
     module = klu()
     assert module is not None

@@ -1,20 +1,27 @@
 """The answer of a linear solve that is measured instead of believed."""
 
 import abc
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .._custom_types import AbstractLinearSolver, PyTree
+from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
 from .._state import max_abs
-from ._residual import dot, where, within, zeros_like
+from ._closed_form import inverse_power
+from ._residual import dot, is_zero, scale, where, within, zeros_like
 
 _State = TypeVar("_State")
 Stats = dict[str, Any]
+# Options that are a guess of the solution, and of that of the transposed system.
+_STARTS = ("y0", "y0_transpose")
+# Squares of entries between this and its inverse are numbers in float32, and so are
+# those of a residual some digits smaller.
+_LARGE = 2.0**30
 
 
 class Measured(eqx.Module):
@@ -38,7 +45,8 @@ class Measured(eqx.Module):
 class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
     """A lineax solver that measures its answer, so that nobody else has to.
 
-    `compute` is `answer` in lineax's words.
+    `compute` is `answer` in lineax's words, for right-hand sides of any size. An
+    `answer` needs one whose square is a number, and not zero.
     """
 
     @abc.abstractmethod
@@ -51,9 +59,51 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, Stats]:
         """Returns the solution, its result, and at least its `residual_norm`."""
-        found = self.answer(state, vector, options)
+        asked = _for_compute(self, vector, options)
+        found = self.answer(state, asked.vector, asked.options)
         x = where(found.asked, found.x, zeros_like(found.x))
-        return x, found.result, found.stats
+        if asked.back is None:
+            return x, found.result, found.stats
+        left = asked.back * found.stats["residual_norm"]
+        stats = {**found.stats, "residual_norm": left}
+        back = asked.back
+        x = jtu.tree_map(lambda leaf: back.astype(leaf.dtype) * leaf, x)
+        return x, found.result, stats
+
+
+class Asked(NamedTuple):
+    """A right-hand side, and the number that takes the answer back to its units."""
+
+    vector: PyTree[Array]
+    options: dict[str, Any]
+    back: Float[Array, ""] | None
+
+
+def as_given(vector: PyTree[Array], options: dict[str, Any]) -> Asked:
+    return Asked(vector, options, None)
+
+
+def in_range(
+    vector: PyTree[Array], options: dict[str, Any], small: float = 1 / _LARGE
+) -> Asked:
+    """The question in units in which squares of float32 neither over- nor underflow.
+
+    By a power of two, which is exact: up to order one where the largest entry is below
+    `small`, and down from where squares overflow, but no further, for small entries
+    would underflow.
+    """
+    power = inverse_power(max_abs(vector))
+    unit = jnp.where(power * small > 1, power, jnp.minimum(power * _LARGE, 1))
+    given = {key: scale(unit, options[key]) for key in _STARTS if key in options}
+    return Asked(scale(unit, vector), {**options, **given}, inverse_power(unit))
+
+
+def _for_compute(
+    solver: LinearSolver, vector: PyTree[Array], options: dict[str, Any]
+) -> Asked:
+    narrow = all(leaf.dtype == jnp.float32 for leaf in jtu.tree_leaves(vector))
+    relative = is_zero(getattr(solver, "atol", 0.0))
+    return (in_range if narrow and relative else as_given)(vector, options)
 
 
 def measured(
@@ -94,7 +144,9 @@ def approximate(
 ) -> Measured:
     """An answer whose own residual does not decide: good if it is finite.
 
-    That of a solver which is inexact by design, or has been measured before.
+    That of a solver which is inexact by design, or has been measured before. An answer
+    into which not every product has gone tells nothing of the operator: then `regular`
+    says whether that is finite.
     """
     asked, finite = _of_square(dot(vector, vector))
     good = jnp.isfinite(max_abs(x))

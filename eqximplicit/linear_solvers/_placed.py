@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array
@@ -42,19 +43,30 @@ class OnOneDevice(AbstractMeasuredSolver[PlacedState]):
     def answer(
         self, state: PlacedState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:
-        """Returns the solution, its result, and its measured `residual_norm`."""
+        """Returns the solution, its result, its `residual_norm`, and who answered.
+
+        `fallback` is zero if that was `direct`, and otherwise one more than
+        `otherwise` says. What a solver does not tell is zero steps, and a
+        `condition_estimate` of NaN.
+        """
         dtype = jtu.tree_leaves(vector)[0].dtype
 
-        def by(solver: AbstractMeasuredSolver[Any], state: Any) -> Measured:
+        def by(solver: AbstractMeasuredSolver[Any], state: Any, turn: int) -> Measured:
             found = solver.answer(state, vector, options)
-            stats = {"residual_norm": found.stats["residual_norm"].astype(dtype)}
+            told, estimate = found.stats, "condition_estimate"
+            stats = {
+                "residual_norm": told["residual_norm"].astype(dtype),
+                "num_steps": jnp.asarray(told.get("num_steps", 0), int),
+                "fallback": jnp.asarray(told.get("fallback", 0) + turn, int),
+                estimate: jnp.asarray(told.get(estimate, jnp.nan), dtype),
+            }
             return Measured(found.x, found.asked, found.good, found.result, stats)
 
         def otherwise() -> Measured:
-            return by(self.otherwise, state.otherwise)
+            return by(self.otherwise, state.otherwise, 1)
 
         def directly() -> Measured:
-            found = by(self.direct, state.direct)
+            found = by(self.direct, state.direct, 0)
             need = found.asked & ~found.good
             return jax.lax.cond(
                 any_lane(need), lambda: where(need, otherwise(), found), lambda: found

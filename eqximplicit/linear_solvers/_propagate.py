@@ -75,13 +75,23 @@ def _chosen(size: int, rows: np.ndarray, cols: np.ndarray, right: Pattern) -> Pa
 
 
 def _elementwise(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:
-    size = _size(eqn.outvars[0].aval)
-    found = [t.pattern for t in ins if t.pattern is not None]
-    wide = [
-        p if p.shape[0] == size else _take_rows(p, np.ones(size, np.int64), limit)
-        for p in found
+    shape = eqn.outvars[0].aval.shape
+    found = [
+        _repeated(traced.pattern, var.aval.shape, shape, limit)
+        for var, traced in zip(eqn.invars, ins, strict=True)
+        if traced.pattern is not None
     ]
-    return _union(wide, limit)
+    return _union(found, limit)
+
+
+def _repeated(
+    pattern: Pattern, shape: Sequence[int], wide: Sequence[int], limit: int
+) -> Pattern:
+    """A scalar, and along an axis a single entry, is that of all along it."""
+    if tuple(shape) == tuple(wide):
+        return pattern
+    labels = np.arange(1, pattern.shape[0] + 1).reshape(shape)
+    return _take_rows(pattern, np.broadcast_to(labels, wide), limit)
 
 
 def _select(eqn: Equation, ins: list[Traced], limit: int) -> Pattern | None:

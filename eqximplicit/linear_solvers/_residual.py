@@ -186,8 +186,12 @@ def within(
     return jnp.sqrt(rr) <= rtol * jnp.sqrt(bb) + atol
 
 
-def require_like(given: Any, vector: PyTree[Array], name: str) -> None:
-    """Refuses a warm start or a preconditioner that does not fit the unknown.
+def require_like(
+    given: Any, vector: PyTree[Any], name: str, what: str = "right-hand side"
+) -> None:
+    """Refuses a warm start or a preconditioner that does not fit `vector`.
+
+    That is `what` the message calls it.
 
     **Raises:** `ValueError` that names the option and both structures.
     """
@@ -200,8 +204,8 @@ def require_like(given: Any, vector: PyTree[Array], name: str) -> None:
     same_tree = jtu.tree_structure(structs) == jtu.tree_structure(vector)
     if not same_tree or got != expected:
         raise ValueError(
-            f"The option `{name}` does not fit the right-hand side: it has leaves "
-            f"{got}, the right-hand side {expected}. Pass one of the same structure."
+            f"The option `{name}` does not fit the {what}: it has leaves {got}, the "
+            f"{what} {expected}. Pass one of the same structure."
         )
 
 

@@ -6,7 +6,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
 from jaxtyping import Array, Bool, Float, Inexact
+from scipy.sparse.csgraph import structural_rank
 
 from .._state import every
 from ._banded_plans import DiagonalPlan, TridiagonalPlan
@@ -25,17 +27,21 @@ class SparsePlan(AbstractPlan):
     """General patterns, by KLU or by a block LU.
 
     Entries: `(scaled, rows, cols)` with `A = diag(rows) A' diag(cols)`, and entries of
-    at most one in `A'`, of shape `(nnz,)`.
+    at most one in `A'`, of shape `(nnz,)`. A pattern that is singular for all values is
+    never factorised: KLU would raise an error.
     """
 
+    regular: bool
     blocks: tuple[Blocks, Blocks] | None
 
     def __init__(self, structure: Structure, backend: Backend) -> None:
         self.structure = structure
         self.colouring = colour(structure)
         self.use_klu = _use_klu(structure, backend)
+        self.regular = _has_full_rank(structure)
         everywhere = self.use_klu and jax.default_backend() == "cpu"
-        self.blocks = None if everywhere else _both_ways(structure)
+        unused = everywhere or not self.regular
+        self.blocks = None if unused else _both_ways(structure)
 
     def read(self, products: Inexact[Array, "count n"]) -> _Entries:
         rows, cols = self.structure.rows, self.structure.cols
@@ -66,6 +72,8 @@ class SparsePlan(AbstractPlan):
     def solve(
         self, values: _Entries, b: Inexact[Array, " n"], transposed: bool
     ) -> Solved:
+        if not self.regular:
+            return _unsolved(b)
         scaled, row_scale, col_scale = values
         if transposed:
             row_scale, col_scale = col_scale, row_scale
@@ -111,6 +119,22 @@ def _use_klu(structure: Structure, backend: Backend) -> bool:
     if klu() is None and backend == "klu":
         raise ImportError(MISSING.format("klujax", structure))
     return klu() is not None
+
+
+def _has_full_rank(structure: Structure) -> bool:
+    """Whether a permutation makes a diagonal of places that may be non-zero."""
+    size, rows, cols = structure.size, structure.rows, structure.cols
+    matrix = sp.csr_array((np.ones(rows.size), (rows, cols)), shape=(size, size))
+    return int(structural_rank(matrix)) == size
+
+
+def _unsolved(b: Inexact[Array, " n"]) -> Solved:
+    """What there is to say of a system that is singular, whatever its entries."""
+    top = peaks(b)
+    untrusted = jnp.zeros(top.shape, bool)
+    return Solved(
+        jnp.full_like(b, jnp.nan), untrusted, top, jnp.full_like(top, jnp.inf)
+    )
 
 
 def _both_ways(structure: Structure) -> tuple[Blocks, Blocks]:

@@ -1,5 +1,6 @@
 """A singular value decomposition whose values are inverted by a filter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -7,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
-from ._dense import materialised
-from ._residual import norm, require_real
+from .._lanes import any_lane
+from ._dense import materialised, SKEWED, skewness, zero_below
+from ._residual import epsilon, norm, require_real
 
 Structure = tuple[tuple[jax.ShapeDtypeStruct, ...], Any]
+_Factors = tuple[Array, Array, Array]
 
 
 class SpectralState(eqx.Module):
@@ -60,18 +63,44 @@ def structure_key(struct: PyTree[ShapeDtypeStruct]) -> Structure:
 def decompose(
     operator: lx.AbstractLinearOperator, max_bytes: int, who: str
 ) -> SpectralState:
-    """The singular value decomposition; of a symmetric operator, by eigenvectors."""
+    """The singular value decomposition; of a symmetric operator, by eigenvectors.
+
+    No answer of it is finite where the matrix is not, nor where its symmetric tag is
+    false.
+    """
     require_real(operator)
     matrix = materialised(operator, max_bytes, who)
     domain = structure_key(operator.in_structure())
-    if lx.is_symmetric(operator):
-        values, vectors = jnp.linalg.eigh(matrix)
-        signs = jnp.where(values < 0, -1, 1)
-        return SpectralState(
-            vectors * signs[None, :], jnp.abs(values), vectors.T, domain
-        )
+    if not lx.is_symmetric(operator):
+        sound = jnp.all(jnp.isfinite(matrix))
+        return SpectralState(*_guarded(_by_singular_values, matrix, sound), domain)
+    skew, eps = skewness(matrix), epsilon(operator.in_structure())
+    # Eigenvectors are those of the mean of a matrix and its transpose.
+    rounding = any_lane(~(skew <= zero_below(len(matrix), eps)))
+
+    def factors(matrix: Array) -> _Factors:
+        return jax.lax.cond(rounding, _by_singular_values, _by_eigenvectors, matrix)
+
+    return SpectralState(*_guarded(factors, matrix, skew <= SKEWED), domain)
+
+
+def _guarded(
+    factors: Callable[[Array], _Factors], matrix: Array, sound: Bool[Array, ""]
+) -> _Factors:
+    # LAPACK's singular values of a matrix that is not finite take forever.
+    found = factors(jnp.where(sound, matrix, 0))
+    return jtu.tree_map(lambda x: jnp.where(sound, x, jnp.nan), found)
+
+
+def _by_singular_values(matrix: Array) -> _Factors:
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return SpectralState(u, s, vt, domain)
+    return u, s, vt
+
+
+def _by_eigenvectors(matrix: Array) -> _Factors:
+    values, vectors = jnp.linalg.eigh(matrix)
+    signs = jnp.where(values < 0, -1, 1).astype(matrix.dtype)
+    return vectors * signs[None, :], jnp.abs(values), vectors.T
 
 
 def lost(state: SpectralState, residual: Float[Array, " m"]) -> Float[Array, ""]:

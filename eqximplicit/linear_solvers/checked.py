@@ -4,30 +4,35 @@ import sys
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Bool
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float
 
 from .._custom_types import LinearSolver, PyTree, ShapeDtypeStruct
+from .._lanes import any_lane
 from .._solution import is_successful
-from .._state import greatest
-from ._dense import residual_limit, singular_below
+from .._state import every, greatest, max_abs
+from ._dense import NOISE, residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
-from ._residual import check_bytes, dot, epsilon, even, minus, norm, size, structure
+from ._plan import or_one
+from ._residual import check_bytes, dot, epsilon, even, minus, size, structure
 from .direct_lu import DirectLU
+
+# The middle, lower and upper diagonal, as lineax has them.
+Bands = tuple[Float[Array, " n"], Float[Array, " m"], Float[Array, " m"]]
+# The lower, middle and upper entry of each row.
+Rows = tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]
 
 # How much more than it was asked for an iterative solver may leave.
 _SLACK = 10.0
 # Factorisations of any regular matrix, whose answer is that of `DirectLU`.
 _GENERAL = (lx.LU, lx.QR)
-# Elimination, which often ends finite for a singular matrix.
-_DIRECT = (
-    lx.Cholesky,
-    lx.Triangular,
-    lx.Tridiagonal,
-    lx.AutoLinearSolver,
-)
+# By substitution alone: of a singular matrix it is not finite.
+_SUBSTITUTION = (lx.Diagonal, lx.Triangular)
+_DIRECT = (*_SUBSTITUTION, lx.Cholesky, lx.Tridiagonal, lx.AutoLinearSolver)
 
 
 def checked(solver: LinearSolver, operator: lx.AbstractLinearOperator) -> LinearSolver:
@@ -53,19 +58,24 @@ def _selected(
 
 
 class CheckedState(eqx.Module):
-    """The state of the inner solver, and the operator that measures its answers."""
+    """The state of the inner solver, and the operator that measures its answers.
+
+    `bands` are those of a matrix that is solved as a tridiagonal one, else `None`.
+    """
 
     inner: Any
     operator: lx.AbstractLinearOperator
     regular: Bool[Array, ""]
+    bands: Bands | None
 
 
 class Checked(AbstractMeasuredSolver[CheckedState]):
     r"""A lineax solver for square systems, with a result code that can be relied on.
 
     One product more measures the residual $\lVert b - Ax\rVert_2$; above
-    `rtol` $\lVert b\rVert_2$ the solve has failed, whatever the solver says. A zero
-    right-hand side has the solution zero.
+    `rtol` $\lVert b\rVert_2$ the solve has failed, whatever the solver says. That of a
+    tridiagonal matrix is measured row by row, relative to the terms of each, and may be
+    $\epsilon^{3/4}$ of them. A zero right-hand side has the solution zero.
 
     **Arguments:**
 
@@ -75,7 +85,8 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     - `probe`: also solves for one right-hand side without a pattern, once for a state.
         Elimination of a singular matrix often ends finite, and its residual is small if
         the right-hand side is consistent; the answer to the probe is then about
-        $1/\epsilon$ too large.
+        $1/\epsilon$ too large. Rows and columns of a tridiagonal matrix are scaled to
+        entries of at most one first, for their units make no system singular.
     - `max_bytes`: if given, refuses an operator whose dense matrix would be larger.
 
     **Options:** those of `solver`.
@@ -95,11 +106,15 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
             n, itemsize = operator.in_size(), jtu.tree_leaves(struct)[0].dtype.itemsize
             who = type(self.solver).__name__
             check_bytes(n, n, itemsize, self.max_bytes, who)
-        inner = self.solver.init(operator, options)
+        inner, bands = self.solver.init(operator, options), None
+        if isinstance(_selected(self.solver, operator), lx.Tridiagonal):
+            bands = lx.tridiagonal(operator)
         regular = jnp.asarray(True)
-        if self.probe:
+        if self.probe and bands is not None:
+            regular = _is_regular(bands, ravel_pytree(even(struct))[0])
+        elif self.probe:
             regular = self._survives_probe(operator, inner, struct, options)
-        return CheckedState(inner, lx.linearise(operator), regular)
+        return CheckedState(inner, lx.linearise(operator), regular, bands)
 
     def _survives_probe(
         self,
@@ -111,8 +126,10 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         # ‖A‖ ‖A⁻¹ g‖ / ‖g‖ bounds the condition number of A from below.
         probe = even(struct)
         x, _, _ = self.solver.compute(inner, probe, options)
-        image = norm(operator.mv(probe))
-        return norm(x) * image * singular_below(epsilon(struct)) < norm(probe) ** 2
+        if isinstance(_selected(self.solver, operator), _SUBSTITUTION):
+            return jnp.isfinite(max_abs(x))
+        grown = max_abs(x) * max_abs(operator.mv(probe))
+        return grown * singular_below(epsilon(struct)) < max_abs(probe) ** 2
 
     def answer(
         self, state: CheckedState, vector: PyTree[Array], options: dict[str, Any]
@@ -124,9 +141,14 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         regular = state.regular & ((bb == 0) | is_successful(claimed))
         # What the solver itself says of its failure is more than that it failed.
         failure = lx.RESULTS.where(is_successful(claimed), lx.RESULTS.singular, claimed)
-        return measured(
-            x, dot(r, r), bb, rtol=rtol, regular=regular, failure=failure, **stats
-        )
+        rr = dot(r, r)
+        if state.bands is not None:
+            # Each row is measured in its own units: their sum has no say.
+            limit = epsilon(vector) ** 0.75 if self.rtol is None else self.rtol
+            exact = _is_exact(state.bands, x, vector, r, limit)
+            regular = regular & ((bb == 0) | exact)
+            stats, rr = {**stats, "residual_norm": jnp.sqrt(rr)}, jnp.zeros_like(rr)
+        return measured(x, rr, bb, rtol=rtol, regular=regular, failure=failure, **stats)
 
     def _limit(self, vector: PyTree[Array]) -> Any:
         # Other norms than ours decide when an iteration has done what it was asked for.
@@ -145,10 +167,11 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     ) -> tuple[CheckedState, dict[str, Any]]:
         """Returns the state of the transposed operator."""
         inner, options = self.solver.transpose(state.inner, options)
-        operator = state.operator
+        operator, bands = state.operator, state.bands
         if not lx.is_symmetric(operator):
             operator = operator.transpose()
-        return CheckedState(inner, operator, state.regular), options
+        bands = None if bands is None else _flipped(bands)
+        return CheckedState(inner, operator, state.regular, bands), options
 
     def conj(
         self, state: CheckedState, options: dict[str, Any]
@@ -159,3 +182,80 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     def assume_full_rank(self) -> bool:
         """What the inner solver assumes."""
         return self.solver.assume_full_rank()
+
+
+def _is_regular(bands: Bands, probe: Float[Array, " n"]) -> Bool[Array, ""]:
+    """Whether a tridiagonal matrix is regular, in whatever units.
+
+    Rows are scaled before columns, which undoes the units of the equations; that of the
+    transposed matrix, which is as regular, those of the unknowns.
+    """
+    upright = _is_tame(bands, probe)
+
+    def either() -> Bool[Array, ""]:
+        return upright | _is_tame(_flipped(bands), probe)
+
+    return jax.lax.cond(any_lane(~upright), either, lambda: upright)
+
+
+def _is_tame(bands: Bands, probe: Float[Array, " n"]) -> Bool[Array, ""]:
+    # Scaled before it is solved: else the pivots of a singular one may be of any size.
+    rows, columns = _sizes(bands)
+    scaled = _flipped(_over_rows(_flipped(_over_rows(bands, rows)), columns))
+    lower, middle, upper = _by_row(scaled)
+    x = jax.lax.linalg.tridiagonal_solve(lower, middle, upper, probe[:, None])
+    return max_abs(x) * singular_below(epsilon(probe)) < max_abs(probe)
+
+
+def _sizes(bands: Bands) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """The largest entry of each row, and of each column divided by those of the rows.
+
+    Of a row or a column of zeros it is one.
+    """
+    rows = _largest(bands)
+    return rows, _largest(_flipped(_over_rows(bands, rows)))
+
+
+def _largest(bands: Bands) -> Float[Array, " n"]:
+    lower, middle, upper = map(jnp.abs, _by_row(bands))
+    return or_one(jnp.maximum(middle, jnp.maximum(lower, upper)))
+
+
+def _over_rows(bands: Bands, rows: Float[Array, " n"]) -> Bands:
+    middle, lower, upper = bands
+    return middle / rows, lower / rows[1:], upper / rows[:-1]
+
+
+def _flipped(bands: Bands) -> Bands:
+    """Those of the transposed matrix."""
+    middle, lower, upper = bands
+    return middle, upper, lower
+
+
+def _by_row(bands: Bands) -> Rows:
+    """The entries of each row in turn, with zeros where there is no column."""
+    middle, lower, upper = bands
+    return jnp.pad(lower, (1, 0)), middle, jnp.pad(upper, (0, 1))
+
+
+def _is_exact(
+    bands: Bands,
+    x: PyTree[Array],
+    b: PyTree[Array],
+    left: PyTree[Array],
+    limit: Any,
+) -> Bool[Array, ""]:
+    """Whether what is `left` of `b` is little of the terms of its row, row by row.
+
+    So the units of a row have no say. Where entries of `x` are nothing but rounding, so
+    are the terms: then it is rounding in a matrix whose rows and columns are scaled.
+    What is smaller than all numbers counts as none.
+    """
+    x, b, left = (ravel_pytree(v)[0] for v in (x, b, left))
+    eps, (rows, columns) = epsilon(b), _sizes(bands)
+    wide = jnp.pad(jnp.abs(x), (1, 1))
+    lower, middle, upper = map(jnp.abs, _by_row(bands))
+    terms = lower * wide[:-2] + middle * wide[1:-1] + upper * wide[2:]
+    tiny = 4 * float(jnp.finfo(b.dtype).tiny)
+    rounding = NOISE * eps * max_abs(columns * x) + tiny
+    return every(jnp.abs(left) <= limit * (terms + jnp.abs(b)) + rounding * rows)

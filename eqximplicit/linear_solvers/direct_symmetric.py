@@ -1,5 +1,6 @@
 """A symmetric system: Cholesky, and the pseudo-inverse where that does not exist."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,12 +15,17 @@ from .._lanes import any_lane
 from ._closed_form import inverse
 from ._dense import (
     consistency_limit,
+    is_coarse,
     materialised,
     matvec,
     MAX_BYTES,
     NOISE,
+    NULL,
+    null_below,
     residual_limit,
     singular_below,
+    SKEWED,
+    skewness,
     uncertainty,
     zero_below,
 )
@@ -27,25 +33,37 @@ from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import dot, epsilon, norm, structure
 from ._small import dense, LARGEST
 
+# The largest relative change of an inverse by rounding, by estimate.
+_LARGEST_CHANGE = 0.25
+
 
 class SymmetricState(eqx.Module):
     """A factorised symmetric matrix.
 
-    `factor` is the Cholesky factor where `definite` (for `n <= 3` the inverse). It
-    holds the eigenvectors elsewhere, and `weights` the inverse eigenvalues, zero for
-    those left out; `soft` is whether one of these is not zero to rounding, and `whole`
-    that there is none. `error` is how far off the matrix itself may be, in norm;
-    `sign` is -1 for one tagged negative.
+    `factor` is the Cholesky factor where `definite` (for `n <= 3`, and where `skewed`
+    by coarse rounding, the inverse). It holds the eigenvectors elsewhere, and `weights`
+    the inverse eigenvalues, zero for those left out; `soft` is whether one of these is
+    not zero to rounding, and `whole` that there is none; `strict` that the matrix is
+    that of no minimum. `error` is how far off the matrix itself may be, in norm; `sign`
+    is -1 for one tagged negative.
     """
 
     matrix: Float[Array, "n n"]
     factor: Float[Array, "n n"]
     weights: Float[Array, " n"]
     definite: Bool[Array, ""]
+    skewed: Bool[Array, ""]
     whole: Bool[Array, ""]
     soft: Bool[Array, ""]
+    strict: Bool[Array, ""]
     error: Float[Array, ""]
     sign: int = eqx.field(static=True)
+    coarse: bool = eqx.field(static=True)
+    transposed: bool = eqx.field(default=False, static=True)
+
+    def oriented(self, square: Float[Array, "n n"]) -> Float[Array, "n n"]:
+        """The matrix or its inverse, as this state or its transpose has it."""
+        return square.T if self.transposed else square
 
 
 class _Spectral(NamedTuple):
@@ -55,24 +73,27 @@ class _Spectral(NamedTuple):
     weights: Float[Array, " n"]
     whole: Bool[Array, ""]
     soft: Bool[Array, ""]
+    indefinite: Bool[Array, ""]
 
 
 def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n n"]:
     """The pseudo-inverse of a symmetric matrix, by its eigenvectors."""
-    found = _spectral(matrix, rcond, rcond)
+    found = _spectral(matrix, rcond, rcond, rcond)
     return (found.vectors * found.weights[None, :]) @ found.vectors.T
 
 
-def _spectral(matrix: Float[Array, "n n"], rcond: float, zero: float) -> _Spectral:
+def _spectral(
+    matrix: Float[Array, "n n"], rcond: float, zero: float, null: float
+) -> _Spectral:
     # What is indefinite is no minimum nearly reached, with directions nearly flat.
     values, vectors = jnp.linalg.eigh(matrix)
     sizes = jnp.abs(values)
     largest = jnp.max(sizes)
     indefinite = values[0] < -(epsilon(matrix) ** 0.25) * largest
-    keep = sizes > jnp.where(indefinite, zero, rcond) * largest
+    keep = sizes > jnp.where(indefinite, null, rcond) * largest
     weights = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
     soft = jnp.any(~keep & (sizes > zero * largest))
-    return _Spectral(vectors, weights, jnp.all(keep), soft)
+    return _Spectral(vectors, weights, jnp.all(keep), soft, indefinite)
 
 
 class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
@@ -87,7 +108,14 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
     count as zero: beside a minimum that is not quite reached, flat directions are only
     nearly flat. What is left out there counts as zero, up to $\sqrt\epsilon$ of the
     right-hand side. A matrix with an eigenvalue below $-\epsilon^{1/4}$ of the largest
-    is that of no minimum: there only rounding counts as zero.
+    is that of no minimum: there only rounding counts as zero, of the eigenvalue and of
+    the right-hand side.
+
+    The symmetric tag is checked. Where products may be rounded in a precision below
+    that of the system, a matrix that differs from its transpose by at most 1/32 of its
+    largest entry may be symmetric but for that; it is inverted without the tag, and has
+    failed where that part would change the inverse by a quarter. One that differs by
+    more has failed, as has any other that differs by more than rounding.
 
     **Arguments:**
 
@@ -121,31 +149,41 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
             )
         sign = -1 if lx.is_negative_semidefinite(operator) else 1
         matrix = sign * materialised(operator, self.max_bytes, "DirectSymmetric")
-        # A false tag would make reverse mode use the matrix for its transpose.
-        skew, size = jnp.max(jnp.abs(matrix - matrix.T)), jnp.max(jnp.abs(matrix))
-        tolerance = consistency_limit(eps)
-        matrix = jnp.where(skew <= tolerance * size, matrix, jnp.nan)
+        # A false tag would make reverse mode use the matrix for its transpose. So small
+        # a part may be rounding, and the matrix is inverted without its tag.
+        skew, coarse = skewness(matrix), is_coarse(operator)
+        tight = consistency_limit(eps)
+        matrix = jnp.where(skew <= (SKEWED if coarse else tight), matrix, jnp.nan)
         factor, health = _definite_factor(matrix)
         # Ten times the limit: the health of a pivot is only an upper bound.
         definite = health > 10 * max(limit, rcond)
-        zero = rcond if self.rcond is not None else zero_below(len(matrix), eps)
-
-        def by_lane() -> tuple[Array, Array, Array, Array]:
-            found = _spectral(matrix, rcond, zero)
-            # No curvature at all tells nothing, whatever the right-hand side.
-            weights = jnp.where(size > 0, found.weights, jnp.nan)
-            vectors = jnp.where(definite, factor, found.vectors)
-            return vectors, weights, definite | found.whole, ~definite & found.soft
-
-        factor, weights, whole, soft = jax.lax.cond(
-            any_lane(~definite),
-            by_lane,
-            lambda: (factor, factor[0], definite, ~definite),
-        )
+        skewed = skew > tight
+        if coarse:
+            factor, regular = _skew_inverse(matrix, factor, skewed)
+            definite = jnp.where(skewed, regular, definite)
+        found = _completed(definite, skewed, matrix, factor, self._cuts(matrix))
+        strict = found.indefinite & (self.rcond is None)
         error = jnp.asarray(options.get("operator_error", 0), matrix.dtype)
         return SymmetricState(
-            matrix, factor, weights, definite, whole, soft, error, sign
+            matrix,
+            found.vectors,
+            found.weights,
+            definite,
+            skewed,
+            found.whole,
+            found.soft,
+            strict,
+            error,
+            sign,
+            coarse,
         )
+
+    def _cuts(self, matrix: Float[Array, "n n"]) -> tuple[float, float, float]:
+        """Below which parts of the largest eigenvalue others are left out, and zero."""
+        if self.rcond is not None:
+            return self.rcond, self.rcond, self.rcond
+        n, eps = len(matrix), epsilon(matrix)
+        return singular_below(eps), zero_below(n, eps), null_below(n, eps)
 
     def answer(
         self, state: SymmetricState, vector: PyTree[Array], options: dict[str, Any]
@@ -153,14 +191,14 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
         """Returns the solution, its result, and its measured `residual_norm`."""
         b, unravel = ravel_pytree(vector)
         x = _apply(state, b)
-        residual, eps = b - matvec(state.matrix, x), epsilon(vector)
+        residual = b - matvec(state.oriented(state.matrix), x)
         if options.get("project", False):
             # What is left must lie in the null space: then x is a least-squares answer.
             part = matvec(state.matrix, residual) / jnp.linalg.norm(state.matrix)
             judged = jnp.where(state.whole, residual, part)
         else:
             judged = residual
-        rtol, atol = _limits(state, x, b, eps)
+        rtol, atol = _limits(state, x, b, epsilon(vector))
         return measured(
             unravel(state.sign * x),
             dot(judged, judged),
@@ -175,8 +213,8 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
     def transpose(
         self, state: SymmetricState, options: dict[str, Any]
     ) -> tuple[SymmetricState, dict[str, Any]]:
-        """Returns the same state: the matrix is symmetric."""
-        return state, options
+        """Returns the same factors: the matrix is symmetric, or nearly so."""
+        return dataclasses.replace(state, transposed=not state.transposed), options
 
     def conj(
         self, state: SymmetricState, options: dict[str, Any]
@@ -194,13 +232,18 @@ def _limits(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The largest residual: relative to the right-hand side, and beside that."""
     whole, soft = state.whole, state.soft
-    rtol = jnp.where(whole, residual_limit(eps), consistency_limit(eps))
+    # A small eigenvalue of an indefinite matrix need not be zero: what is left out
+    # there must be rounding of the right-hand side, too, or of a product with `x`.
+    limit = jnp.where(state.strict, null_below(len(b), eps), consistency_limit(eps))
+    rtol = jnp.where(whole, residual_limit(eps), limit)
     # Rounding of a product with `x`. In a null space also that of one with a vector of
     # norm one, for a right-hand side that is itself no more than rounding: the gradient
     # at a minimum, say, the cotangent of the objective there. In a soft direction that
     # may be all that there is of a small one.
-    size = jnp.where(soft, jnp.max(jnp.abs(x)), 1)
-    rounding = NOISE * eps * size * jnp.linalg.norm(state.matrix)
+    top = jnp.max(jnp.abs(x))
+    size = jnp.where(soft, top, jnp.where(state.strict, jnp.maximum(top, 1), 1))
+    noise = jnp.where(state.strict, NULL, NOISE)
+    rounding = noise * eps * size * jnp.linalg.norm(state.matrix)
     atol = jnp.where(whole, 0, rounding + uncertainty(state.error, x, b, eps))
     return rtol.astype(x.dtype), atol
 
@@ -216,13 +259,66 @@ def _definite_factor(
     return factor, jnp.min(jnp.diag(factor) ** 2 / jnp.diag(matrix))
 
 
+def _skew_inverse(
+    matrix: Float[Array, "n n"], factor: Float[Array, "n n"], skewed: Bool[Array, ""]
+) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
+    """The inverse where `skewed`, else `factor`; and whether the inverse is regular.
+
+    If the skew is rounding, so much is uncertain of the symmetric part as well. In a
+    direction in which that is all there is, the inverse would be noise.
+    """
+
+    def inverted() -> tuple[Array, Array]:
+        inverse = factor
+        if len(matrix) > LARGEST:
+            safe = jnp.where(skewed, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
+            inverse = jnp.where(skewed, jnp.linalg.inv(safe), factor)
+        change = jnp.linalg.norm(inverse) * jnp.linalg.norm(matrix - matrix.T)
+        # The norm of a random matrix is less than that of its entries.
+        return inverse, change <= _LARGEST_CHANGE * len(matrix) ** 0.5
+
+    return jax.lax.cond(any_lane(skewed), inverted, lambda: (factor, ~skewed))
+
+
+def _completed(
+    definite: Bool[Array, ""],
+    skewed: Bool[Array, ""],
+    matrix: Float[Array, "n n"],
+    factor: Float[Array, "n n"],
+    cuts: tuple[float, float, float],
+) -> _Spectral:
+    """`factor` where `definite`; if that is not all lanes, eigenvectors of the rest."""
+
+    def by_lane() -> _Spectral:
+        found = _spectral(matrix, *cuts)
+        # No curvature at all tells nothing, whatever the right-hand side.
+        told = definite | (~skewed & (jnp.max(jnp.abs(matrix)) > 0))
+        return _Spectral(
+            jnp.where(definite, factor, found.vectors),
+            jnp.where(told, found.weights, jnp.nan),
+            definite | found.whole,
+            ~definite & found.soft,
+            ~definite & found.indefinite,
+        )
+
+    no = ~definite
+    return jax.lax.cond(
+        any_lane(no), by_lane, lambda: _Spectral(factor, factor[0], definite, no, no)
+    )
+
+
 def _apply(state: SymmetricState, b: Float[Array, " n"]) -> Float[Array, " n"]:
-    factor = state.factor
+    factor, skewed = state.factor, state.skewed
 
     def definite() -> Array:
+        inverted = lambda: matvec(state.oriented(factor), b)
         if len(b) <= LARGEST:
-            return matvec(factor, b)
-        return jax.scipy.linalg.cho_solve((factor, True), b)
+            return inverted()
+        solved = lambda: jax.scipy.linalg.cho_solve((factor, True), b)
+        if not state.coarse:
+            return solved()
+        either = lambda: jnp.where(skewed, inverted(), solved())
+        return jax.lax.cond(any_lane(skewed), either, solved)
 
     def by_lane() -> Array:
         # One factor after the other: an eigenvalue that is almost zero would fill the

@@ -63,6 +63,7 @@ class KrylovState(eqx.Module):
     error: Float[Array, ""] | None
     sign: int = eqx.field(static=True)
     symmetric: bool = eqx.field(static=True)
+    transposed: bool = eqx.field(default=False, static=True)  # of a symmetric one
 
 
 class _Outcome(eqx.Module):
@@ -134,7 +135,10 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     def answer(
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:
-        """Returns the solution, its result, its `residual_norm` and `num_steps`."""
+        """Returns the solution, its result, its `residual_norm` and `num_steps`.
+
+        `fallback` is one if the direct solver has answered, else zero.
+        """
         for key in ("preconditioner", "y0"):
             require_like(options.get(key), vector, key)
         if self.fallback is None or options:
@@ -158,6 +162,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             failure=lx.RESULTS.stagnation,
             num_steps=outcome.steps,
             residual_norm=jnp.sqrt(outcome.rr),
+            fallback=outcome.direct.astype(int),
         )
 
     def transpose(
@@ -165,7 +170,10 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     ) -> tuple[KrylovState, dict[str, Any]]:
         """Returns the state of the transposed operator, and its options."""
         transposed = state.operator if state.symmetric else state.operator.transpose()
-        flipped = dataclasses.replace(state, operator=transposed)
+        of_symmetric = state.symmetric and not state.transposed
+        flipped = dataclasses.replace(
+            state, operator=transposed, transposed=of_symmetric
+        )
         return flipped, transposed_options(options)
 
     def conj(
@@ -215,7 +223,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
 
         def directly() -> _Outcome:
             assert fallback is not None
-            factors = fallback.init(state.operator, _for_fallback(state))
+            factors = _factors(fallback, state)
             answer = _direct(fallback, factors, vector, options, it.steps)
             return where(need, answer, first)
 
@@ -300,13 +308,16 @@ def _direct(
     return _Outcome(x, stats["residual_norm"] ** 2, steps, yes, failed)
 
 
-def _for_fallback(state: KrylovState) -> dict[str, Any]:
-    return {} if state.error is None else {"operator_error": state.error}
+def _factors(solver: LinearSolver, state: KrylovState) -> Any:
+    options = {} if state.error is None else {"operator_error": state.error}
+    factors = solver.init(state.operator, options)
+    # A direct solver does not take a tag at its word: the matrix may be skew.
+    return solver.transpose(factors, {})[0] if state.transposed else factors
 
 
 def _columns(
     solver: LinearSolver, state: KrylovState, vector: PyTree[Array], axes: Any
 ) -> _Outcome:
-    factors = solver.init(state.operator, _for_fallback(state))
+    factors = _factors(solver, state)
     none = jnp.asarray(0)
     return jax.vmap(lambda b: _direct(solver, factors, b, {}, none), (axes,))(vector)

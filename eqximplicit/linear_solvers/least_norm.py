@@ -16,10 +16,17 @@ from ._spectral import decompose, lost, SpectralState, Structure, structure_key
 
 
 class LeastNormState(eqx.Module):
-    """A decomposition, and the structure of right-hand sides."""
+    """A decomposition, the structure of right-hand sides, and whose transpose it is."""
 
     spectrum: SpectralState
     codomain: Structure = eqx.field(static=True)
+    transposed: bool = eqx.field(default=False, static=True)
+
+    def transpose(self) -> "LeastNormState":
+        """The state of the transposed operator: the same decomposition."""
+        spectrum, flipped = self.spectrum, not self.transposed
+        across = spectrum.transpose(self.codomain)
+        return LeastNormState(across, spectrum.domain, flipped)
 
 
 class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
@@ -76,6 +83,10 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
         x, r = spectrum.apply(jnp.where(keep, 1 / jnp.where(keep, spectrum.s, 1), 0), b)
         project = self.least_squares or options.get("project", False)
         judged = lost(spectrum, r) if project else norm(r)
+        if state.transposed and rows > cols:
+            # A wide system of full rank always has a solution, and the transpose of
+            # that is the projection.
+            judged = jnp.where(jnp.all(keep), lost(spectrum, r), judged)
         # With a large `rcond`, the values that were dropped remain in the residual.
         rtol = max(consistency_limit(eps), rcond if project else 0)
         # Every right-hand side is in the range of a matrix of full row rank.
@@ -95,10 +106,7 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
         self, state: LeastNormState, options: dict[str, Any]
     ) -> tuple[LeastNormState, dict[str, Any]]:
         """Returns the state of the transposed operator: the same decomposition."""
-        spectrum = state.spectrum
-        return LeastNormState(
-            spectrum.transpose(state.codomain), spectrum.domain
-        ), options
+        return state.transpose(), options
 
     def conj(
         self, state: LeastNormState, options: dict[str, Any]

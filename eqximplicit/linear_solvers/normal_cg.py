@@ -3,13 +3,16 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array
 
 from .._custom_types import PyTree
 from .._ranges import refuse_below, refuse_negative
+from .._state import max_abs
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
+    add,
     dot,
     is_zero,
     minus,
@@ -79,18 +82,36 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         self, state: NormalCGState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:
         """Returns the solution, its result, its `residual_norm` and `num_steps`."""
-        for key in ("preconditioner", "y0"):
-            require_like(options.get(key), vector, key)
+        require_like(options.get("preconditioner"), vector, "preconditioner")
+        unknown = state.operator.in_structure()
+        require_like(options.get("y0"), unknown, "y0", "unknown")
+        x, steps = self._iterated(state.operator, vector, options)
+        r = minus(vector, state.operator.mv(x))
+        if self.max_steps is not None:
+            # A NaN in the operator ends the iteration at once, at a finite start.
+            finite = jnp.isfinite(max_abs(r))
+            return approximate(x, vector, norm(r), regular=finite, num_steps=steps)
+        rr, bb = dot(r, r), dot(vector, vector)
+        return measured(x, rr, bb, rtol=self.accept, num_steps=steps)
+
+    def _iterated(
+        self,
+        operator: lx.AbstractLinearOperator,
+        vector: PyTree[Array],
+        options: dict[str, Any],
+    ) -> tuple[PyTree[Array], Any]:
+        """The last iterate, and the number of steps."""
         inner = lx.Normal(
             lx.CG(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
         )
         own = {k: v for k, v in options.items() if k in ("preconditioner", "y0")}
-        x, _, stats = inner.compute(inner.init(state.operator, own), vector, own)
-        r_norm, steps = norm(minus(vector, state.operator.mv(x))), stats["num_steps"]
-        if self.max_steps is not None:
-            return approximate(x, vector, r_norm, num_steps=steps)
-        bb = dot(vector, vector)
-        return measured(x, r_norm**2, bb, rtol=self.accept, num_steps=steps)
+        first = None
+        if operator.out_size() < operator.in_size() and "y0" in own:
+            # lineax iterates in the space of `b` then: what is left is solved for.
+            first = own.pop("y0")
+            vector = minus(vector, operator.mv(first))
+        x, _, stats = inner.compute(inner.init(operator, own), vector, own)
+        return x if first is None else add(first, x), stats["num_steps"]
 
     def transpose(
         self, state: NormalCGState, options: dict[str, Any]

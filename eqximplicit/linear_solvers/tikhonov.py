@@ -72,10 +72,7 @@ class Tikhonov(AbstractMeasuredSolver[LeastNormState]):
         self, state: LeastNormState, options: dict[str, Any]
     ) -> tuple[LeastNormState, dict[str, Any]]:
         """Returns the state of the transposed operator: the same decomposition."""
-        spectrum = state.spectrum
-        return LeastNormState(
-            spectrum.transpose(state.codomain), spectrum.domain
-        ), options
+        return state.transpose(), options
 
     def conj(
         self, state: LeastNormState, options: dict[str, Any]

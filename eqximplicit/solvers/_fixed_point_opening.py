@@ -22,7 +22,7 @@ from ._verdict import Tolerance
 DEAR = 1e4
 # The parts of the tolerance that plain steps and Anderson steps go for, since the error
 # is an estimate. The residuals of the latter shrink less evenly.
-PLAIN, MIXED = 0.5, 0.3
+PLAIN, MIXED = 0.2, 0.3
 
 
 class Iterates(eqx.Module):
