@@ -6,10 +6,12 @@ the attribute below it makes one kernel, which it does by itself for loops that 
 less than a kilobyte. Whatever the call contains must be what such a kernel can hold.
 That is known of the versions of jaxlib below; elsewhere, over several devices, and
 where the call contains anything else, it is a call like any other, which XLA inlines.
+The environment variable `EQXIMPLICIT_ONE_KERNEL=0` makes it one everywhere.
 """
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ T = TypeVar("T")
 _Call = jex.ClosedJaxpr
 
 _KNOWN = ("0.10.",)
+# Of XLA's options: when the libraries are called that no kernel can call.
+_LIBRARIES = ("ynn", "onednn", "xnn")
 _ATTRIBUTES = {"inlineable": "false", "xla_cpu_small_call": "true"}
 # Of one array that is computed, and of one that is only read, as the matrix of a
 # product is: beyond, several threads are worth their start. And of entries that are
@@ -191,7 +195,10 @@ def _is_kernel(ctx: Any, call: Any) -> bool:
 
 @functools.cache
 def _is_known() -> bool:
-    return version("jaxlib").startswith(_KNOWN)
+    """Whether this XLA is known to make such kernels, and nobody objects."""
+    libraries = any(name in os.environ.get("XLA_FLAGS", "") for name in _LIBRARIES)
+    wanted = os.environ.get("EQXIMPLICIT_ONE_KERNEL", "1") != "0"
+    return wanted and not libraries and version("jaxlib").startswith(_KNOWN)
 
 
 def _mark(call: Any) -> None:
