@@ -249,8 +249,8 @@ def test_small_eigenvalue_of_an_indefinite_matrix_is_not_lost(n, smallest, part)
     want = np.linalg.solve(matrix.astype(float), b.astype(float))
     out = _solve(matrix, b, DirectSymmetric())
     assert _succeeded(out)
-    # A third of the condition number times epsilon, and more of a small solution.
-    atol = 0.3 * np.abs(want).max()
+    # The condition number is up to 3e5, and few digits are left in float32.
+    atol = 0.1 * np.abs(want).max()
     np.testing.assert_allclose(out.value, want, rtol=0, atol=atol)
 
 

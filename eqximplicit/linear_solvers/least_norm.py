@@ -36,15 +36,17 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
     $\lVert b - Ax\rVert_2$ exceeds $\sqrt\epsilon\,\lVert b\rVert_2$
     ($\epsilon^{1/3}\lVert b\rVert_2$ for a matrix of full row rank, which always has
     one), the result is `lx.RESULTS.singular`, unless least squares is asked for. By
-    singular values; by eigenvectors for an operator with a symmetric tag. Any shape of
-    operator.
+    singular values; by eigenvectors for an operator with a symmetric tag, which has
+    failed if that is false. Any shape of operator.
 
     As the `linear_solver` of a derivative in reverse mode it has failed, too, where the
     parameters can make the system inconsistent: it then has no solution for them to
     differentiate. What they are computed from may exclude that, which reverse mode does
     not see, and the right-hand side is the cotangent of the solution, which need not be
     in the range either. `least_squares=True` is for both: it projects, which is the
-    transpose of the forward rule.
+    transpose of the forward rule. The derivative that lineax has of `lx.linear_solve`
+    needs it, too, for an operator of less than full rank: that solves for what is
+    rounding of zero, which is never consistent.
 
     **Arguments:**
 
