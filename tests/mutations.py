@@ -176,7 +176,7 @@ MUTANTS = [
     ),
     Mutant(
         "guess left in the units of the caller",
-        "_linear.py",
+        "linear_solvers/_measured.py",
         "{key: scale(unit, options[key]) for key in _STARTS if key in options}",
         "{key: options[key] for key in _STARTS if key in options}",
         SMALL,
