@@ -88,8 +88,13 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         x, steps = self._iterated(state.operator, vector, options)
         r = minus(vector, state.operator.mv(x))
         if self.max_steps is not None:
-            # A NaN in the operator ends the iteration at once, at a finite start.
-            finite = jnp.isfinite(max_abs(r))
+            # A NaN in the operator ends the iteration at once, at a finite start. From
+            # zero that is an answer of no regular square system, but to zero.
+            square = state.operator.in_size() == state.operator.out_size()
+            if square and "y0" not in options:
+                finite = (max_abs(x) > 0) | (max_abs(vector) == 0)
+            else:
+                finite = jnp.isfinite(max_abs(r))
             return approximate(x, vector, norm(r), regular=finite, num_steps=steps)
         rr, bb = dot(r, r), dot(vector, vector)
         return measured(x, rr, bb, rtol=self.accept, num_steps=steps)
