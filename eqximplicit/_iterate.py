@@ -226,11 +226,8 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     finished = Outcome(value, aux, RESULTS.successful, opened.solved, stats)
     arrays, static = eqx.partition(finished, _is_arraylike)
 
-    def robustly() -> Outcome:
-        return _iterated(run, opened.y, lax_while_loop, opened)
-
     def go_on() -> Any:
-        outcome = in_one_kernel(robustly)
+        outcome = _iterated(run, opened.y, lax_while_loop, opened)
         return chosen(opened.solved, arrays, eqx.filter(outcome, _is_arraylike))
 
     # Under `vmap` the solver is started if any lane needs it.

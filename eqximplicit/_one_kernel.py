@@ -38,44 +38,29 @@ _ATTRIBUTES = {"inlineable": "false", "xla_cpu_small_call": "true"}
 # product is: beyond, several threads are worth their start. And of entries that are
 # added up: beyond, XLA calls a library, which no kernel can.
 _MOST_BYTES, _MOST_READ, _MOST_REDUCED = 2**16, 2**20, 2**12
-_READ = frozenset(
-    f"stablehlo.{name}"
-    for name in ("case", "dot_general", "if", "reshape", "return", "transpose", "while")
-) | {"func.return"}
-_STABLEHLO = frozenset(
-    f"stablehlo.{name}"
-    for name in (
-        *("abs", "add", "and", "atan2", "bitcast_convert", "broadcast_in_dim", "case"),
-        *("cbrt", "ceil", "clamp", "compare", "complex", "concatenate", "constant"),
-        *("convert", "cosine", "count_leading_zeros", "divide", "dynamic_slice"),
-        *("dynamic_update_slice", "exponential", "exponential_minus_one", "floor"),
-        *(
-            "gather",
-            "if",
-            "imag",
-            "iota",
-            "is_finite",
-            "log",
-            "log_plus_one",
-            "logistic",
-        ),
-        *("maximum", "minimum", "multiply", "negate", "not", "optimization_barrier"),
-        *("or", "pad", "popcnt"),
-        *("power", "real", "reduce", "remainder", "reshape", "return", "reverse"),
-        *("round_nearest_afz", "round_nearest_even", "rsqrt", "select", "shift_left"),
-        *("shift_right_arithmetic", "shift_right_logical", "sign", "sine", "slice"),
-        *("sqrt", "subtract", "tan", "tanh", "transpose", "while", "xor"),
-    )
+_READ = "case dot_general if reshape return transpose while"
+_COMPUTED = (
+    "abs add and atan2 bitcast_convert broadcast_in_dim cbrt ceil clamp compare complex "
+    "concatenate constant convert cosine count_leading_zeros divide dynamic_slice "
+    "dynamic_update_slice exponential exponential_minus_one floor gather imag iota "
+    "is_finite log log_plus_one logistic maximum minimum multiply negate not "
+    "optimization_barrier or pad popcnt power real reduce remainder reverse "
+    "round_nearest_afz round_nearest_even rsqrt select shift_left "
+    "shift_right_arithmetic shift_right_logical sign sine slice sqrt subtract tan tanh "
+    "xor"
 )
-_CHLO = frozenset(
-    f"chlo.{name}"
-    for name in (
-        *("acos", "acosh", "asin", "asinh", "atan", "atanh", "cosh", "digamma", "erf"),
-        *("erf_inv", "erfc", "lgamma", "next_after", "polygamma", "sinh", "square"),
-        *("tan", "zeta"),
-    )
+_EXPANDED = (
+    "acos acosh asin asinh atan atanh cosh digamma erf erf_inv erfc lgamma next_after "
+    "polygamma sinh square tan zeta"
 )
-_PLAIN = _STABLEHLO | _CHLO | _READ
+
+
+def _named(dialect: str, names: str) -> frozenset[str]:
+    return frozenset(f"{dialect}.{name}" for name in names.split())
+
+
+_READING = _named("stablehlo", _READ) | {"func.return"}
+_PLAIN = _READING | _named("stablehlo", _COMPUTED) | _named("chlo", _EXPANDED)
 _BYTES = {
     **{"i1": 1, "i8": 1, "ui8": 1, "i16": 2, "ui16": 2, "i32": 4, "ui32": 4, "i64": 8},
     **{"ui64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8},
@@ -188,9 +173,12 @@ def _is_kernel(ctx: Any, call: Any) -> bool:
     on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
     if call is None or not (on_cpu and _is_known() and is_for_one_device(ctx)):
         return False
-    operations = list(_operations(ctx, call))
-    loops = any(operation.name == "stablehlo.while" for operation in operations)
-    return loops and all(map(_is_small, operations))
+    loops = False
+    for operation in _operations(ctx, call):
+        if not _is_small(operation):
+            return False
+        loops |= operation.name == "stablehlo.while"
+    return loops
 
 
 @functools.cache
@@ -227,7 +215,7 @@ def _operations(ctx: Any, call: Any) -> Iterator[Any]:
 
 def _is_small(operation: Any) -> bool:
     values = [*operation.operands, *operation.results]
-    most = _MOST_READ if operation.name in _READ else _MOST_BYTES
+    most = _MOST_READ if operation.name in _READING else _MOST_BYTES
     if any(_num_bytes(value.type) > most for value in values):
         return False
     if operation.name == "stablehlo.reduce":
