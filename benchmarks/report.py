@@ -343,8 +343,8 @@ fails, and what tells a derivative that is not to be trusted. Three ways to wait
 - *Another way to make kernels.* Half of the time goes into XLA's newer way to make
   kernels for a CPU. `XLA_FLAGS=--xla_cpu_use_fusion_emitters=false` turns it off: the
   first workload, by default, then compiled in 1.0 s instead of 1.8 s, and code by hand
-  in 0.09 s instead of 0.20 s (one run). This is an option of XLA (jaxlib 0.10.2), not of JAX;
-  none of the figures here is measured with it.
+  in 0.09 s instead of 0.20 s (one run). This is an option of XLA (jaxlib 0.10.2), not
+  of JAX; none of the figures here is measured with it.
 
 A small loop of a layer is one kernel by itself (`eqximplicit/_one_kernel.py`), as long
 as it is free of products of matrices, sorting, scattering and calls of libraries."""
