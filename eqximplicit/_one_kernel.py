@@ -41,8 +41,8 @@ _MOST_BYTES, _MOST_READ, _MOST_REDUCED = 2**16, 2**20, 2**12
 _READ = "case dot_general if reshape return transpose while"
 _COMPUTED = (
     "abs add and atan2 bitcast_convert broadcast_in_dim cbrt ceil clamp compare "
-    "complex concatenate constant convert cosine count_leading_zeros divide dynamic_slice "
-    "dynamic_update_slice exponential exponential_minus_one floor gather imag iota "
+    "complex concatenate constant convert cosine count_leading_zeros divide "
+    "dynamic_slice dynamic_update_slice exponential exponential_minus_one floor gather imag iota "
     "is_finite log log_plus_one logistic maximum minimum multiply negate not "
     "optimization_barrier or pad popcnt power real reduce remainder reverse "
     "round_nearest_afz round_nearest_even rsqrt select shift_left "
