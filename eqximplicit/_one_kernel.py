@@ -42,12 +42,12 @@ _READ = "case dot_general if reshape return transpose while"
 _COMPUTED = (
     "abs add and atan2 bitcast_convert broadcast_in_dim cbrt ceil clamp compare "
     "complex concatenate constant convert cosine count_leading_zeros divide "
-    "dynamic_slice dynamic_update_slice exponential exponential_minus_one floor gather imag iota "
-    "is_finite log log_plus_one logistic maximum minimum multiply negate not "
-    "optimization_barrier or pad popcnt power real reduce remainder reverse "
-    "round_nearest_afz round_nearest_even rsqrt select shift_left "
-    "shift_right_arithmetic shift_right_logical sign sine slice sqrt subtract tan tanh "
-    "xor"
+    "dynamic_slice dynamic_update_slice exponential exponential_minus_one floor "
+    "gather imag iota is_finite log log_plus_one logistic maximum minimum multiply "
+    "negate not optimization_barrier or pad popcnt power real reduce remainder "
+    "reverse round_nearest_afz round_nearest_even rsqrt select shift_left "
+    "shift_right_arithmetic shift_right_logical sign sine slice sqrt subtract tan "
+    "tanh xor"
 )
 _EXPANDED = (
     "acos acosh asin asinh atan atanh cosh digamma erf erf_inv erfc lgamma next_after "
