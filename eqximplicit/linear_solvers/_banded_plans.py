@@ -18,11 +18,19 @@ from ._plan import (
     eps_power,
     generic_vector,
     is_trusted,
-    or_one,
     peaks,
     Solved,
 )
 from ._structure import Structure
+from ._three_diagonals import (
+    band_apply,
+    band_solve,
+    band_terms,
+    Bands,
+    flip,
+    row_scale,
+    sizes,
+)
 
 
 def _within(
@@ -67,44 +75,15 @@ class DiagonalPlan(AbstractPlan):
         return Solved(x, trusted, peaks(values * x - b), jnp.ones_like(peaks(b)))
 
 
-_Bands = tuple[Inexact[Array, " n"], Inexact[Array, " n"], Inexact[Array, " n"]]
-
-
-def _flip(values: _Bands) -> _Bands:
-    """The three diagonals of the transpose, indexed by row."""
-    lower, middle, upper = values
-    return jnp.pad(upper[:-1], (1, 0)), middle, jnp.pad(lower[1:], (0, 1))
-
-
-def _band_solve(values: _Bands, b: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
-    return jax.lax.linalg.tridiagonal_solve(*values, b[:, None])[:, 0]
-
-
-def _band_terms(values: _Bands, x: Inexact[Array, " n"]) -> list[Array]:
-    lower, middle, upper = values
-    wide = jnp.pad(x, (1, 1))
-    return [lower * wide[:-2], middle * x, upper * wide[2:]]
-
-
-def _band_apply(values: _Bands, x: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
-    first, second, third = _band_terms(values, x)
-    return first + second + third
-
-
-def _row_scale(values: _Bands) -> Float[Array, " n"]:
-    lower, middle, upper = (jnp.abs(v) for v in values)
-    return or_one(jnp.maximum(middle, jnp.maximum(lower, upper)))
-
-
-def _margin(values: _Bands) -> Float[Array, ""]:
+def _margin(values: Bands) -> Float[Array, ""]:
     """How dominant the diagonal is, relative to the largest entry of each row."""
-    lower, middle, upper = (jnp.abs(v) for v in values)
-    return jnp.min((middle - lower - upper) / _row_scale(values))
+    lower, middle, upper = sizes(values)
+    return jnp.min((middle - lower - upper) / row_scale(values))
 
 
-def _is_dominant(values: _Bands) -> Bool[Array, " n"]:
+def _is_dominant(values: Bands) -> Bool[Array, " n"]:
     """Whether `_margin` is above rounding; without a division, which is slow."""
-    lower, middle, upper = (jnp.abs(v) for v in values)
+    lower, middle, upper = sizes(values)
     return middle - lower - upper > eps_power(middle.dtype, 0.5) * middle
 
 
@@ -122,14 +101,14 @@ class TridiagonalPlan(AbstractPlan):
 
     def derived(
         self, linear: Callable[[Array], Array], struct: ShapeDtypeStruct
-    ) -> tuple[_Bands, Bool[Array, ""]] | None:
+    ) -> tuple[Bands, Bool[Array, ""]] | None:
         found = _within(1, linear, struct)
         if found is None:
             return None
         (lower, middle, upper), is_linear = found
         return (lower, middle, upper), is_linear
 
-    def read(self, products: Inexact[Array, "count n"]) -> _Bands:
+    def read(self, products: Inexact[Array, "count n"]) -> Bands:
         lower, upper = self.structure.lower, self.structure.upper
         found = iter(bands(products, lower, upper))
         zero = jnp.zeros_like(products[0])
@@ -138,7 +117,7 @@ class TridiagonalPlan(AbstractPlan):
 
     def agrees(
         self,
-        values: _Bands,
+        values: Bands,
         probe: np.ndarray,
         image: Inexact[Array, " n"],
         rtol: float,
@@ -149,12 +128,10 @@ class TridiagonalPlan(AbstractPlan):
         seen, size = sum(terms), sum(jnp.abs(t) for t in terms)
         return every(jnp.abs(seen - image) <= rtol * size)
 
-    def solve(
-        self, values: _Bands, b: Inexact[Array, " n"], transposed: bool
-    ) -> Solved:
-        flipped = _flip(values)
+    def solve(self, values: Bands, b: Inexact[Array, " n"], transposed: bool) -> Solved:
+        flipped = flip(values)
         matrix = flipped if transposed else values
-        x = _band_solve(matrix, b)
+        x = band_solve(matrix, b)
         by_row, by_column = _is_dominant(values), _is_dominant(flipped)
         accurate = _small_backward_error(matrix, x, b)
         weak_row, weak_column, wrong = anywhere(~by_row, ~by_column, ~accurate)
@@ -169,10 +146,10 @@ class TridiagonalPlan(AbstractPlan):
         trusted, estimate = jax.lax.cond(sure, dominant, unsure)
         bound = 1 / jnp.maximum(_margin(values), _margin(flipped))
         condition = jnp.where(sure, bound, estimate)
-        return Solved(x, trusted, peaks(_band_apply(matrix, x) - b), condition)
+        return Solved(x, trusted, peaks(band_apply(matrix, x) - b), condition)
 
 
-def _small_backward_error(values: _Bands, x: Array, b: Array) -> Bool[Array, " n"]:
+def _small_backward_error(values: Bands, x: Array, b: Array) -> Bool[Array, " n"]:
     """Row by row; sharp for a dominant diagonal (Higham, 2002, section 9.6).
 
     Where the solution has decayed, all that is left of it is rounding relative to its
@@ -181,20 +158,19 @@ def _small_backward_error(values: _Bands, x: Array, b: Array) -> Bool[Array, " n
     """
     limit = eps_power(b.dtype, 0.75)
     rounding = NOISE * eps_power(b.dtype, 1) / limit * peak(x)  # NaN if `x` has one
-    lower, middle, upper = (jnp.abs(v) for v in values)
-    sizes = _band_terms((lower, middle, upper), jnp.abs(x) + rounding)
-    left = jnp.abs(_band_apply(values, x) - b)
-    return left <= limit * (sum(sizes) + jnp.abs(b))
+    terms = band_terms(sizes(values), jnp.abs(x) + rounding)
+    left = jnp.abs(band_apply(values, x) - b)
+    return left <= limit * (sum(terms) + jnp.abs(b))
 
 
-def _examined(values: _Bands, x: Array, b: Array) -> tuple[Array, Array]:
+def _examined(values: Bands, x: Array, b: Array) -> tuple[Array, Array]:
     """Whether to trust the solution `x` of `b`, and the estimated condition."""
-    scale = _row_scale(values).astype(b.dtype)
+    scale = row_scale(values).astype(b.dtype)
     w = jnp.asarray(generic_vector(b.size).astype(b.dtype))
     generic = w * scale
-    z = _band_solve(values, generic)
+    z = band_solve(values, generic)
     pairs = (x, b), (z, generic)
-    left = [(_band_apply(values, v) - rhs) / scale for v, rhs in pairs]
-    sizes = peak(jnp.stack([*left, x, z, b / scale, w]), axis=1)
-    trusted = every(is_trusted(sizes[:2], sizes[2:4], sizes[4:]))
-    return trusted, sizes[3] / sizes[5]
+    left = [(band_apply(values, v) - rhs) / scale for v, rhs in pairs]
+    tops = peak(jnp.stack([*left, x, z, b / scale, w]), axis=1)
+    trusted = every(is_trusted(tops[:2], tops[2:4], tops[4:]))
+    return trusted, tops[3] / tops[5]

@@ -4,27 +4,20 @@ import sys
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from .._custom_types import LinearSolver, PyTree, ShapeDtypeStruct
-from .._lanes import any_lane
 from .._solution import is_successful
-from .._state import every, greatest, max_abs
-from ._dense import NOISE, residual_limit, singular_below
+from .._state import greatest, max_abs
+from ._dense import residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
-from ._plan import or_one
 from ._residual import check_bytes, dot, epsilon, even, minus, size, structure
+from ._three_diagonals import Bands, bands_of, flip, is_exact, is_regular
 from .direct_lu import DirectLU
-
-# The middle, lower and upper diagonal, as lineax has them.
-Bands = tuple[Float[Array, " n"], Float[Array, " m"], Float[Array, " m"]]
-# The lower, middle and upper entry of each row.
-Rows = tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]
 
 # How much more than it was asked for an iterative solver may leave.
 _SLACK = 10.0
@@ -108,10 +101,10 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
             check_bytes(n, n, itemsize, self.max_bytes, who)
         inner, bands = self.solver.init(operator, options), None
         if isinstance(_selected(self.solver, operator), lx.Tridiagonal):
-            bands = lx.tridiagonal(operator)
+            bands = bands_of(operator)
         regular = jnp.asarray(True)
         if self.probe and bands is not None:
-            regular = _is_regular(bands, ravel_pytree(even(struct))[0])
+            regular = is_regular(bands, ravel_pytree(even(struct))[0])
         elif self.probe:
             regular = self._survives_probe(operator, inner, struct, options)
         return CheckedState(inner, lx.linearise(operator), regular, bands)
@@ -145,7 +138,8 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         if state.bands is not None:
             # Each row is measured in its own units: their sum has no say.
             limit = epsilon(vector) ** 0.75 if self.rtol is None else self.rtol
-            exact = _is_exact(state.bands, x, vector, r, limit)
+            flat_x, flat_b, left = (ravel_pytree(v)[0] for v in (x, vector, r))
+            exact = is_exact(state.bands, flat_x, flat_b, left, limit)
             regular = regular & ((bb == 0) | exact)
             stats, rr = {**stats, "residual_norm": jnp.sqrt(rr)}, jnp.zeros_like(rr)
         return measured(x, rr, bb, rtol=rtol, regular=regular, failure=failure, **stats)
@@ -170,7 +164,7 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         operator, bands = state.operator, state.bands
         if not lx.is_symmetric(operator):
             operator = operator.transpose()
-        bands = None if bands is None else _flipped(bands)
+        bands = None if bands is None else flip(bands)
         return CheckedState(inner, operator, state.regular, bands), options
 
     def conj(
@@ -182,80 +176,3 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     def assume_full_rank(self) -> bool:
         """What the inner solver assumes."""
         return self.solver.assume_full_rank()
-
-
-def _is_regular(bands: Bands, probe: Float[Array, " n"]) -> Bool[Array, ""]:
-    """Whether a tridiagonal matrix is regular, in whatever units.
-
-    Rows are scaled before columns, which undoes the units of the equations; that of the
-    transposed matrix, which is as regular, those of the unknowns.
-    """
-    upright = _is_tame(bands, probe)
-
-    def either() -> Bool[Array, ""]:
-        return upright | _is_tame(_flipped(bands), probe)
-
-    return jax.lax.cond(any_lane(~upright), either, lambda: upright)
-
-
-def _is_tame(bands: Bands, probe: Float[Array, " n"]) -> Bool[Array, ""]:
-    # Scaled before it is solved: else the pivots of a singular one may be of any size.
-    rows, columns = _sizes(bands)
-    scaled = _flipped(_over_rows(_flipped(_over_rows(bands, rows)), columns))
-    lower, middle, upper = _by_row(scaled)
-    x = jax.lax.linalg.tridiagonal_solve(lower, middle, upper, probe[:, None])
-    return max_abs(x) * singular_below(epsilon(probe)) < max_abs(probe)
-
-
-def _sizes(bands: Bands) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """The largest entry of each row, and of each column divided by those of the rows.
-
-    Of a row or a column of zeros it is one.
-    """
-    rows = _largest(bands)
-    return rows, _largest(_flipped(_over_rows(bands, rows)))
-
-
-def _largest(bands: Bands) -> Float[Array, " n"]:
-    lower, middle, upper = map(jnp.abs, _by_row(bands))
-    return or_one(jnp.maximum(middle, jnp.maximum(lower, upper)))
-
-
-def _over_rows(bands: Bands, rows: Float[Array, " n"]) -> Bands:
-    middle, lower, upper = bands
-    return middle / rows, lower / rows[1:], upper / rows[:-1]
-
-
-def _flipped(bands: Bands) -> Bands:
-    """Those of the transposed matrix."""
-    middle, lower, upper = bands
-    return middle, upper, lower
-
-
-def _by_row(bands: Bands) -> Rows:
-    """The entries of each row in turn, with zeros where there is no column."""
-    middle, lower, upper = bands
-    return jnp.pad(lower, (1, 0)), middle, jnp.pad(upper, (0, 1))
-
-
-def _is_exact(
-    bands: Bands,
-    x: PyTree[Array],
-    b: PyTree[Array],
-    left: PyTree[Array],
-    limit: Any,
-) -> Bool[Array, ""]:
-    """Whether what is `left` of `b` is little of the terms of its row, row by row.
-
-    So the units of a row have no say. Where entries of `x` are nothing but rounding, so
-    are the terms: then it is rounding in a matrix whose rows and columns are scaled.
-    What is smaller than all numbers counts as none.
-    """
-    x, b, left = (ravel_pytree(v)[0] for v in (x, b, left))
-    eps, (rows, columns) = epsilon(b), _sizes(bands)
-    wide = jnp.pad(jnp.abs(x), (1, 1))
-    lower, middle, upper = map(jnp.abs, _by_row(bands))
-    terms = lower * wide[:-2] + middle * wide[1:-1] + upper * wide[2:]
-    tiny = 4 * float(jnp.finfo(b.dtype).tiny)
-    rounding = NOISE * eps * max_abs(columns * x) + tiny
-    return every(jnp.abs(left) <= limit * (terms + jnp.abs(b)) + rounding * rows)
