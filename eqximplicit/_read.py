@@ -62,6 +62,7 @@ _IMMUTABLE = 1 << 8  # `Py_TPFLAGS_IMMUTABLETYPE`
 _WHOLE = (eqx.Module, np.ma.MaskedArray, ChainMap, UserDict, UserList, UserString)
 _ARRAYS = (jax.Array, Tracer)
 _COMPOSED = (eqx.Module, list, tuple, dict, types.MethodType, functools.partial)
+
 # By the class, not `__class__`, which an object may make up; and from memory, as to ask
 # an abstract class is slow.
 _extends = functools.lru_cache(maxsize=4096)(issubclass)

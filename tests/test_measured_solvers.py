@@ -34,6 +34,18 @@ def test_operator_that_is_not_finite_is_a_failure_of_a_truncated_solve(bad):
     assert not solved(matrix, jnp.ones(2), eqi.NormalCG(max_steps=50))[1]
 
 
+def test_zero_is_the_answer_of_a_truncated_solve_to_zero_alone():
+    solver = eqi.NormalCG(max_steps=3)
+    regular = lx.MatrixLinearOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0])))
+    x, good, _ = solved(regular, jnp.zeros(3), solver)
+    assert good
+    assert not np.any(x)
+    singular = lx.MatrixLinearOperator(jnp.diag(jnp.array([1.0, 2.0, 0.0])))
+    assert not solved(singular, jnp.array([0.0, 0.0, 1.0]), solver)[1]
+    tall = lx.MatrixLinearOperator(jnp.eye(3, 2))
+    assert solved(tall, jnp.array([0.0, 0.0, 1.0]), solver)[1]
+
+
 def test_gradient_is_nan_where_the_jacobian_of_a_truncated_solve_is():
     slope = jnp.array([jnp.nan, 1.0, 2.0, 3.0])
     residual = lambda y, a: slope * y - a

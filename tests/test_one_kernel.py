@@ -243,6 +243,8 @@ def test_a_layer_is_one_kernel_and_a_rule_with_a_loop_another():
 
 def test_a_program_for_other_platforms_or_of_unknown_size_has_no_marks():
     y = draw(50)
+    on_cpu = jax.export.export(jax.jit(CONTEXTS["constant"]), platforms=("cpu",))(y)
+    assert bool(re.search("small_call", on_cpu.mlir_module())) == KNOWN
     both_platforms = jax.export.export(
         jax.jit(CONTEXTS["constant"]), platforms=("cpu", "cuda")
     )(y)
