@@ -1,9 +1,9 @@
 r"""Roots at which the Jacobian is singular, told by how slowly Newton's method comes.
 
 At a root of multiplicity $m$ a step takes the residual to $((m - 1) / m)^m$ of what it
-was, a quarter to a third, instead of to its square (Reddien, *On Newton's method for
-singular problems*, SIAM J. Numer. Anal. 15, 1978). There the implicit function theorem
-says nothing: the solution may turn back, or part in two. The Jacobian at a point nearby
+was, a quarter to a third, instead of to its square, and is $(m - 1) / m$ of the step
+before, a half or more (Reddien, *On Newton's method for singular problems*, SIAM J.
+Numer. Anal. 15, 1978). There the implicit function theorem says nothing: the solution may turn back, or part in two. The Jacobian at a point nearby
 is regular, so that the linear solve of a derivative sees nothing of it.
 """
 
@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool
 
 # Of the residual, a step leaves at least a quarter at a multiple root.
 _SLOW = 0.2
+# Of the step before, a step is at least a half there.
+_SHORTER = 0.4
 # A step of so many roundings of the unknowns is about rounding, which may be slow, too.
 _ROUNDINGS = 2.0**12
 
@@ -20,6 +22,11 @@ _ROUNDINGS = 2.0**12
 def is_slow(now: Array, before: Array) -> Bool[Array, "..."]:
     """Whether a Newton step took so little off a residual as at a multiple root."""
     return lax.gt(now, lax.mul(before, lax.full_like(before, _SLOW)))
+
+
+def is_hardly_shorter(step: Array, before: Array) -> Bool[Array, "..."]:
+    """Whether a Newton step is as long, beside the one before, as at a multiple root."""
+    return lax.gt(step, lax.mul(before, lax.full_like(before, _SHORTER)))
 
 
 def is_seen(step: Array, y: Array) -> Bool[Array, "..."]:

@@ -7,6 +7,7 @@ In it is `lax` alone: each operator of `jnp` is a `jit`, which is traced and bat
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from ..linear_solvers import (
 )
 from ..linear_solvers._entrywise import entrywise
 from . import _vector_space as vs
-from ._multiple import is_slow
+from ._multiple import is_hardly_shorter, is_seen, is_slow
 from ._opening import LEAST_BUDGET, Opened
 from ._root_vector import real_size
 
@@ -39,8 +40,10 @@ from ._root_vector import real_size
 _STEPS = LEAST_BUDGET // 2
 # So many times farther away than the start from the origin, a root is another matter.
 _FAR = 100.0
-# What is left to be done by a Newton iteration that is over, and why it is.
-_DONE, _SINGULAR, _NONFINITE = 0.0, -1.0, -2.0
+# What is left of a Newton iteration is the length of its last step. Where it is over, it
+# is this, or minus the step if that is hardly shorter than the one before; zero, if it
+# would stay where it is for ever; the least number and its half, if it has failed.
+_SIMPLE = -math.inf
 # Linear solvers that are Gaussian elimination or Cramer's rule at this size.
 _DIRECT = (lx.AutoLinearSolver, lx.LU, AutoLinearSolver, DirectLU)
 
@@ -142,6 +145,10 @@ def _next(count: Int[Array, ""]) -> Int[Array, ""]:
     return lax.add(count, lax.full_like(count, 1))
 
 
+def _is_below(x: Array, limit: Any) -> Bool[Array, ""]:
+    return lax.lt(x, lax.full_like(x, limit))
+
+
 def _moved(go_on: Array, y: list[Array], move: list[Array]) -> list[Array]:
     return [lax.select(go_on, lax.sub(a, b), a) for a, b in zip(y, move, strict=True)]
 
@@ -198,6 +205,7 @@ class Newtons(NamedTuple):
     aux: Any
     result: RESULTS
     num_steps: Int[Array, ""]
+    simple: Bool[Array, ""]
 
 
 def small_newton(
@@ -213,37 +221,39 @@ def small_newton(
     **Arguments:** `aux` is structured as that of `fn`; `max_steps` counts evaluations.
     """
     problem = _Problem(fn, args, jax.eval_shape(lambda: y))
+    limits = jnp.finfo(vs.real_dtype(y))
 
     def step(y: list[Array], before: Array) -> tuple[list[Array], Any, Array]:
-        seen, going = problem.look(y), _exceeds(before, _DONE)
+        seen, going = problem.look(y), _exceeds(before, 0.0)
         new = _moved(going, y, seen.move)
         # The step as it was taken: no quotient in it has to be found a second time.
         step = list(map(lax.sub, y, new))
-        nothing = [lax.full_like(f, 0) for f in seen.f]
-        over = lax.bitwise_and(
-            _within(solver, step, new), _within(solver, seen.f, nothing)
+        length, largest = closed.largest(step), closed.largest(seen.f)
+        # optimistix holds `f` against zero, so that only `atol` counts.
+        small_f = _is_below(largest, solver.atol)
+        over = lax.bitwise_and(_within(solver, step, new), small_f)
+        simple, singular, nonfinite = (
+            lax.full_like(before, code)
+            for code in (_SIMPLE, limits.min, limits.min / 2)
         )
-        done, singular, nonfinite = (
-            lax.full_like(before, code) for code in (_DONE, _SINGULAR, _NONFINITE)
-        )
-        finite = lax.is_finite(closed.largest(seen.f))
-        cause = lax.select(finite, singular, nonfinite)
-        now = lax.select(over, done, before)
-        now = lax.select(lax.is_finite(closed.largest(new)), now, cause)
+        hardly = is_hardly_shorter(length, before)
+        done = lax.select(hardly, lax.neg(length), simple)
+        cause = lax.select(_is_below(largest, jnp.inf), singular, nonfinite)
+        more = lax.select(_is_below(length, jnp.inf), length, cause)
+        now = lax.select(over, done, more)
         return new, seen.aux, lax.select(going, now, before)
 
-    c = _loop(step, _DONE, _begin(y, aux, 1.0), max_steps)
+    c = _loop(step, 0.0, _begin(y, aux, jnp.inf), max_steps)
     found = small.from_entries(c.y, problem.struct)
-    return Newtons(found, c.aux, _result(c.left), c.steps)
-
-
-def _result(left: Array) -> RESULTS:
-    ended = (left == _DONE, left == _SINGULAR, left == _NONFINITE)
-    results = (RESULTS.successful, RESULTS.singular, RESULTS.nonfinite)
-    out = RESULTS.nonlinear_max_steps_reached
-    for here, result in zip(ended, results, strict=True):
-        out = where_result(here, result, out)
-    return out
+    hardly = (c.left < 0) & (c.left > limits.min / 2)
+    simple = ~(hardly & is_seen(-c.left, closed.largest(c.y)))
+    done = hardly | (c.left == _SIMPLE)
+    result = where_result(
+        done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached
+    )
+    result = where_result(c.left == limits.min, RESULTS.singular, result)
+    result = where_result(c.left == limits.min / 2, RESULTS.nonfinite, result)
+    return Newtons(found, c.aux, result, c.steps, simple)
 
 
 def _within(solver: Any, x: list[Array], y: list[Array]) -> Bool[Array, ""]:
