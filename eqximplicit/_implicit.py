@@ -60,17 +60,8 @@ class _Attachment(eqx.Module):
 
     aux: Any
     rule: LinearRule
-    elsewhere: Any
+    at: Any  # where to linearise, if not at the solution
     claim: Claim | None
-
-    def base(self, y: Any) -> Any:
-        """Where to linearise: at `y`, or elsewhere if `y` is not to be trusted.
-
-        A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
-        """
-        if self.elsewhere is None:
-            return y
-        return select(self.rule.trusted, y, self.elsewhere)
 
 
 def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent:
@@ -79,7 +70,7 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
 
     def tangent(moving: Moving, y: Leaves, rest: Leaves, t_moving: Leaves) -> Leaves:
         theta_leaves, attached = rest[:count], attachment.restored(rest[count:])
-        at = attached.base(jtu.tree_unflatten(y_tree, y))
+        at = jtu.tree_unflatten(y_tree, y) if attached.at is None else attached.at
         dtype, like = real_dtype(at), struct_of(at)
         condition, args = theta.restored(theta_leaves)
         refuse_reverse_only(condition, at, args, attached.aux)
@@ -183,12 +174,41 @@ def implicit_solution(
     check_instance("condition", condition, AbstractCondition, _CONDITION)
     refuse_static_arrays(condition.fn, "fn")
     refuse_static_arrays(args, "args")
+    # A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
+    known = jnp.asarray(trusted)
+    at = None if elsewhere is None else cast(Y, select(known, y, elsewhere))
+    return attached_solution(
+        condition,
+        y,
+        args,
+        linear_solver=linear_solver,
+        options=options,
+        aux=aux,
+        trusted=trusted,
+        at=at,
+        claim=claim,
+    )
+
+
+def attached_solution(
+    condition: AbstractCondition[Y, Args],
+    y: Y,
+    args: Args,
+    *,
+    linear_solver: LinearSolver | None,
+    options: dict[str, Any] | None,
+    aux: Any,
+    trusted: Bool[Array, ""] | bool,
+    at: Y | None,
+    claim: Claim | None,
+) -> Y:
+    """As `implicit_solution`, linearised at `at` instead of `y`, if that is given."""
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
     theta_leaves, theta = flatten(as_arrays((hoisted, args)))
-    elsewhere, claim = stop_gradient((elsewhere, claim))
-    rest, attachment = flatten(_Attachment(aux, rule, elsewhere, claim))
+    at, claim = stop_gradient((at, claim))
+    rest, attachment = flatten(_Attachment(aux, rule, at, claim))
     leaves, treedef = jtu.tree_flatten(y)
     tangent = _tangent_of(treedef, theta, attachment)
     attached = attach(leaves, theta_leaves, rest, tangent)

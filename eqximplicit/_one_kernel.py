@@ -144,19 +144,22 @@ def _depends(jaxpr: jex.Jaxpr, given: Sequence[bool]) -> list[bool]:
 
 
 def _lowered(ctx: Any, *args: Any, call_jaxpr: _Call) -> Any:
-    call = jax.jit(jex.jaxpr_as_fun(call_jaxpr))
-    out = _lower(ctx, lambda *args: call(*args), args)
+    out = _called_in(ctx, args, call_jaxpr)
     if not _is_kernel(ctx, _call_of(out)):
         return out
     # XLA would take a constant for the argument, which leaves one that no kernel has.
-    out = _lower(ctx, lambda *args: call(*lax.optimization_barrier(args)), args)
+    lower = mlir.lower_fun(lambda *args: list(lax.optimization_barrier(args)))
+    args = lower(ctx.replace(avals_out=ctx.avals_in), *args)
+    out = _called_in(ctx, args, call_jaxpr)
     _mark(_call_of(out))
     return out
 
 
-def _lower(ctx: Any, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+def _called_in(ctx: Any, args: Sequence[Any], call_jaxpr: _Call) -> Any:
     # Without effects there are no tokens: each attempt has a context of its own.
-    return mlir.lower_fun(fn, multiple_results=True)(ctx.replace(), *args)
+    ctx = ctx.replace()
+    name = "one_kernel"
+    return mlir.core_call_lowering(ctx, *args, name=name, call_jaxpr=call_jaxpr)
 
 
 def _call_of(values: Any) -> Any:

@@ -3,8 +3,9 @@ r"""Roots at which the Jacobian is singular, told by how slowly Newton's method 
 At a root of multiplicity $m$ a step takes the residual to $((m - 1) / m)^m$ of what it
 was, a quarter to a third, instead of to its square, and is $(m - 1) / m$ of the step
 before, a half or more (Reddien, *On Newton's method for singular problems*, SIAM J.
-Numer. Anal. 15, 1978). There the implicit function theorem says nothing: the solution may turn back, or part in two. The Jacobian at a point nearby
-is regular, so that the linear solve of a derivative sees nothing of it.
+Numer. Anal. 15, 1978). There the implicit function theorem says nothing: the solution
+may turn back, or part in two. The Jacobian at a point nearby is regular, so that the
+linear solve of a derivative sees nothing of it.
 """
 
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def is_slow(now: Array, before: Array) -> Bool[Array, "..."]:
 
 
 def is_hardly_shorter(step: Array, before: Array) -> Bool[Array, "..."]:
-    """Whether a Newton step is as long, beside the one before, as at a multiple root."""
+    """Whether a step is as long, beside the one before, as at a multiple root."""
     return lax.gt(step, lax.mul(before, lax.full_like(before, _SHORTER)))
 
 

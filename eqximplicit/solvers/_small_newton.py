@@ -40,9 +40,9 @@ from ._root_vector import real_size
 _STEPS = LEAST_BUDGET // 2
 # So many times farther away than the start from the origin, a root is another matter.
 _FAR = 100.0
-# What is left of a Newton iteration is the length of its last step. Where it is over, it
-# is this, or minus the step if that is hardly shorter than the one before; zero, if it
-# would stay where it is for ever; the least number and its half, if it has failed.
+# What is left of a Newton iteration is the length of its last step. Where it is over,
+# it is this, or minus the step if that is hardly shorter than the one before; zero, if
+# it would stay where it is for ever; the least number or its half, if it has failed.
 _SIMPLE = -math.inf
 # Linear solvers that are Gaussian elimination or Cramer's rule at this size.
 _DIRECT = (lx.AutoLinearSolver, lx.LU, AutoLinearSolver, DirectLU)
@@ -248,9 +248,7 @@ def small_newton(
     hardly = (c.left < 0) & (c.left > limits.min / 2)
     simple = ~(hardly & is_seen(-c.left, closed.largest(c.y)))
     done = hardly | (c.left == _SIMPLE)
-    result = where_result(
-        done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached
-    )
+    result = where_result(done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
     result = where_result(c.left == limits.min, RESULTS.singular, result)
     result = where_result(c.left == limits.min / 2, RESULTS.nonfinite, result)
     return Newtons(found, c.aux, result, c.steps, simple)
