@@ -64,13 +64,31 @@ class _Attachment(eqx.Module):
     claim: Claim | None
 
 
+@jax.custom_jvp
+def _moving_with(
+    y: PyTree[Array], at: PyTree[Array], trusted: Bool[Array, ""]
+) -> PyTree[Array]:
+    """`at`, which is `y` where that is trusted, with the derivative that `y` has."""
+    del y, trusted
+    return at
+
+
+@_moving_with.defjvp
+def _(primals: Any, tangents: Any) -> tuple[PyTree[Array], PyTree[Array]]:
+    _, at, trusted = primals
+    t_y, _, _ = tangents
+    return at, select(trusted, t_y, jtu.tree_map(jnp.zeros_like, t_y))
+
+
 def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent:
     """`ẏ` from flat lists; called once JAX wants a derivative."""
     count = len(theta.dtypes)
 
     def tangent(moving: Moving, y: Leaves, rest: Leaves, t_moving: Leaves) -> Leaves:
         theta_leaves, attached = rest[:count], attachment.restored(rest[count:])
-        at = jtu.tree_unflatten(y_tree, y) if attached.at is None else attached.at
+        at = jtu.tree_unflatten(y_tree, y)
+        if attached.at is not None:
+            at = _moving_with(at, attached.at, attached.rule.trusted)
         dtype, like = real_dtype(at), struct_of(at)
         condition, args = theta.restored(theta_leaves)
         refuse_reverse_only(condition, at, args, attached.aux)
