@@ -75,9 +75,9 @@ def _moving_with(
 
 @_moving_with.defjvp
 def _(primals: Any, tangents: Any) -> tuple[PyTree[Array], PyTree[Array]]:
-    _, at, trusted = primals
     t_y, _, _ = tangents
-    return at, select(trusted, t_y, jtu.tree_map(jnp.zeros_like, t_y))
+    t_at = select(primals[2], t_y, jtu.tree_map(jnp.zeros_like, t_y))
+    return _moving_with(*primals), t_at
 
 
 def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent:
@@ -192,9 +192,9 @@ def implicit_solution(
     check_instance("condition", condition, AbstractCondition, _CONDITION)
     refuse_static_arrays(condition.fn, "fn")
     refuse_static_arrays(args, "args")
-    # A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
-    known = jnp.asarray(trusted)
-    at = None if elsewhere is None else cast(Y, select(known, y, elsewhere))
+    at = None
+    if elsewhere is not None:
+        at = select(jnp.asarray(trusted), as_state(y), elsewhere)
     return attached_solution(
         condition,
         y,
@@ -217,10 +217,13 @@ def attached_solution(
     options: dict[str, Any] | None,
     aux: Any,
     trusted: Bool[Array, ""] | bool,
-    at: Y | None,
+    at: PyTree[Array] | None,
     claim: Claim | None,
 ) -> Y:
-    """As `implicit_solution`, linearised at `at` instead of `y`, if that is given."""
+    """As `implicit_solution`, linearised `at` another state if it is given.
+
+    A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
+    """
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)

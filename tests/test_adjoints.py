@@ -322,3 +322,33 @@ def test_minimum_and_least_squares_tags_reach_the_linear_solver():
 
     expected = [[leaf.sum(0) for leaf in p.jacobian(p.args)] for p in conditions]
     assert_close(run(), expected)
+
+
+# A loop of each kind: closed form, one kernel, many kernels, a solver with an opening.
+LOOPS = {
+    "closed form": (eqi.Root(lambda y, a: y**3 - a), optx.Newton(1e-10, 1e-10), ()),
+    "Newton": (eqi.Root(lambda y, a: y**3 - a), optx.Newton(1e-10, 1e-10), (5,)),
+    "fixed point": (
+        eqi.FixedPoint(lambda y, a: y - (y**3 - a) / 20),
+        optx.FixedPointIteration(1e-10, 1e-10),
+        (5,),
+    ),
+    "many entries": (
+        eqi.FixedPoint(lambda y, a: y - (y**3 - a) / 20),
+        optx.FixedPointIteration(1e-10, 1e-10),
+        (5_000,),
+    ),
+    "default": (eqi.Root(lambda y, a: y**3 - a), None, (5,)),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_second_and_third_derivatives_through_every_kind_of_loop(name):
+    condition, solver, shape = LOOPS[name]
+    layer = eqi.ImplicitFunction(condition, solver, throw=False)
+    fn = lambda a: jnp.mean(layer(jnp.full(shape, 1.5), a))
+    a, modes = jnp.array(8.0), (jax.jacfwd, jax.jacrev)
+    second = [jax.jit(one(two(fn)))(a) for one in modes for two in modes]
+    np.testing.assert_allclose(second, -2 / 9 * 8 ** (-5 / 3), rtol=1e-8)
+    third = jax.jit(jax.jacfwd(jax.jacrev(jax.jacrev(fn))))(a)
+    np.testing.assert_allclose(third, 10 / 27 * 8 ** (-8 / 3), rtol=1e-8)
