@@ -60,24 +60,17 @@ class _Attachment(eqx.Module):
 
     aux: Any
     rule: LinearRule
-    at: Any  # where to linearise, if not at the solution
+    elsewhere: Any
     claim: Claim | None
 
+    def base(self, y: Any) -> Any:
+        """Where to linearise: at `y`, or elsewhere if `y` is not to be trusted.
 
-@jax.custom_jvp
-def _moving_with(
-    y: PyTree[Array], at: PyTree[Array], trusted: Bool[Array, ""]
-) -> PyTree[Array]:
-    """`at`, which is `y` where that is trusted, with the derivative that `y` has."""
-    del y, trusted
-    return at
-
-
-@_moving_with.defjvp
-def _(primals: Any, tangents: Any) -> tuple[PyTree[Array], PyTree[Array]]:
-    t_y, _, _ = tangents
-    t_at = select(primals[2], t_y, jtu.tree_map(jnp.zeros_like, t_y))
-    return _moving_with(*primals), t_at
+        A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
+        """
+        if self.elsewhere is None:
+            return y
+        return select(self.rule.trusted, y, self.elsewhere)
 
 
 def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent:
@@ -86,9 +79,7 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
 
     def tangent(moving: Moving, y: Leaves, rest: Leaves, t_moving: Leaves) -> Leaves:
         theta_leaves, attached = rest[:count], attachment.restored(rest[count:])
-        at = jtu.tree_unflatten(y_tree, y)
-        if attached.at is not None:
-            at = _moving_with(at, attached.at, attached.rule.trusted)
+        at = attached.base(jtu.tree_unflatten(y_tree, y))
         dtype, like = real_dtype(at), struct_of(at)
         condition, args = theta.restored(theta_leaves)
         refuse_reverse_only(condition, at, args, attached.aux)
@@ -192,44 +183,12 @@ def implicit_solution(
     check_instance("condition", condition, AbstractCondition, _CONDITION)
     refuse_static_arrays(condition.fn, "fn")
     refuse_static_arrays(args, "args")
-    at = None
-    if elsewhere is not None:
-        at = select(jnp.asarray(trusted), as_state(y), elsewhere)
-    return attached_solution(
-        condition,
-        y,
-        args,
-        linear_solver=linear_solver,
-        options=options,
-        aux=aux,
-        trusted=trusted,
-        at=at,
-        claim=claim,
-    )
-
-
-def attached_solution(
-    condition: AbstractCondition[Y, Args],
-    y: Y,
-    args: Args,
-    *,
-    linear_solver: LinearSolver | None,
-    options: dict[str, Any] | None,
-    aux: Any,
-    trusted: Bool[Array, ""] | bool,
-    at: PyTree[Array] | None,
-    claim: Claim | None,
-) -> Y:
-    """As `implicit_solution`, linearised `at` another state if it is given.
-
-    A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
-    """
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
     theta_leaves, theta = flatten(as_arrays((hoisted, args)))
-    at, claim = stop_gradient((at, claim))
-    rest, attachment = flatten(_Attachment(aux, rule, at, claim))
+    elsewhere, claim = stop_gradient((elsewhere, claim))
+    rest, attachment = flatten(_Attachment(aux, rule, elsewhere, claim))
     leaves, treedef = jtu.tree_flatten(y)
     tangent = _tangent_of(treedef, theta, attachment)
     attached = attach(leaves, theta_leaves, rest, tangent)

@@ -316,7 +316,7 @@ def greatest(*values: Any) -> Any:
 
 
 def select(
-    pred: Bool[Array, ""], on_true: PyTree[Any], on_false: PyTree[Any]
+    pred: Bool[Array, ""], on_true: PyTree[Array], on_false: PyTree[Array]
 ) -> PyTree[Array]:
     """`on_true` where the scalar `pred` holds, else `on_false`, leaf by leaf."""
     return jtu.tree_map(lambda a, b: jax.lax.select(pred, a, b), on_true, on_false)
