@@ -32,7 +32,7 @@ from ._state import (
     to_real,
 )
 from .solvers._default import fitted, with_tolerances
-from .solvers._multiple import is_hardly_shorter, is_seen
+from .solvers._multiple import is_simple
 from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened
 from .solvers._small_newton import is_closed_form, small_newton
 
@@ -304,7 +304,7 @@ def _outcome(run: Run, carry: _Carry, state: Any) -> Outcome:
     if verdict is not None:
         trusted = is_successful(reported)
     if isinstance(run.solver, optx.Newton):
-        stats = {**stats, "simple": _is_simple(state, carry.y)}
+        stats = {**stats, "simple": is_simple(state, carry.y)}
     stats = {"num_steps": carry.num_steps, **_judged_simple(stats, run.fn.like)}
     trusted = jnp.asarray(trusted)
     if "simple" in stats:
@@ -313,12 +313,6 @@ def _outcome(run: Run, carry: _Carry, state: Any) -> Outcome:
         stats |= run.watch.stats(carry.record, carry.num_steps)
     value = from_real(y, run.fn.like)
     return Outcome(value, run.fn.whole_aux(aux), reported, trusted, stats)
-
-
-def _is_simple(state: Any, y: PyTree[Array]) -> Bool[Array, ""]:
-    """What the last two steps of optimistix's Newton method tell of the root."""
-    hardly = is_hardly_shorter(state.diffsize, state.diffsize_prev)
-    return ~(hardly & is_seen(max_abs(state.diff), max_abs(y)))
 
 
 def _judged_simple(stats: dict[str, Any], like: PyTree[Any]) -> dict[str, Any]:

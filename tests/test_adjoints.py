@@ -324,28 +324,26 @@ def test_minimum_and_least_squares_tags_reach_the_linear_solver():
     assert_close(run(), expected)
 
 
+BY_NEWTON = eqi.Root(lambda y, a: y**3 - a), optx.Newton(1e-10, 1e-10)
+BY_STEPS = (
+    eqi.FixedPoint(lambda y, a: y - (y**3 - a) / 20),
+    optx.FixedPointIteration(1e-10, 1e-10),
+)
 # A loop of each kind: closed form, one kernel, many kernels, a solver with an opening.
 LOOPS = {
-    "closed form": (eqi.Root(lambda y, a: y**3 - a), optx.Newton(1e-10, 1e-10), ()),
-    "Newton": (eqi.Root(lambda y, a: y**3 - a), optx.Newton(1e-10, 1e-10), (5,)),
-    "fixed point": (
-        eqi.FixedPoint(lambda y, a: y - (y**3 - a) / 20),
-        optx.FixedPointIteration(1e-10, 1e-10),
-        (5,),
-    ),
-    "many entries": (
-        eqi.FixedPoint(lambda y, a: y - (y**3 - a) / 20),
-        optx.FixedPointIteration(1e-10, 1e-10),
-        (5_000,),
-    ),
-    "default": (eqi.Root(lambda y, a: y**3 - a), None, (5,)),
+    "closed form": (*BY_NEWTON, eqi.AutoLinearSolver(), ()),
+    "Newton": (*BY_NEWTON, eqi.AutoLinearSolver(), (5,)),
+    "fixed point": (*BY_STEPS, eqi.AutoLinearSolver(), (5,)),
+    "many entries": (*BY_STEPS, eqi.Neumann(), (5_000,)),
+    "default": (BY_NEWTON[0], None, eqi.AutoLinearSolver(), (5,)),
 }
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_second_and_third_derivatives_through_every_kind_of_loop(name):
-    condition, solver, shape = LOOPS[name]
-    layer = eqi.ImplicitFunction(condition, solver, throw=False)
+    condition, solver, linear_solver, shape = LOOPS[name]
+    adjoint = eqi.ImplicitAdjoint(linear_solver)
+    layer = eqi.ImplicitFunction(condition, solver, adjoint, throw=False)
     fn = lambda a: jnp.mean(layer(jnp.full(shape, 1.5), a))
     a, modes = jnp.array(8.0), (jax.jacfwd, jax.jacrev)
     second = [jax.jit(one(two(fn)))(a) for one in modes for two in modes]

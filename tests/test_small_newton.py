@@ -134,3 +134,10 @@ def test_a_pseudo_inverse_that_is_asked_for_is_taken():
     least = optx.Newton(1e-8, 1e-8, linear_solver=lx.AutoLinearSolver(False))
     assert quiet(fn, solver).solve(jnp.zeros(2)).result == eqi.RESULTS.singular
     np.testing.assert_allclose(quiet(fn, least)(jnp.zeros(2)), 1.0, atol=1e-8)
+
+
+def test_steps_that_are_less_than_rounding_are_not_made_for_ever():
+    fn = lambda y, a: 1 + 1e30 * (y - 1) + a
+    found = eqx.filter_jit(quiet(fn, max_steps=None).solve)(jnp.array(0.0), 0.0)
+    assert found.result == eqi.RESULTS.nonlinear_max_steps_reached
+    assert found.value == 1.0

@@ -8,9 +8,14 @@ may turn back, or part in two. The Jacobian at a point nearby is regular, so tha
 linear solve of a derivative sees nothing of it.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
+
+from .._custom_types import PyTree
+from .._state import max_abs
 
 # Of the residual, a step leaves at least a quarter at a multiple root.
 _SLOW = 0.2
@@ -34,3 +39,9 @@ def is_seen(step: Array, y: Array) -> Bool[Array, "..."]:
     """Whether a step is more than rounding, by its length and that of the unknowns."""
     eps = float(jnp.finfo(y.dtype).eps)
     return lax.gt(step, lax.mul(y, lax.full_like(y, _ROUNDINGS * eps)))
+
+
+def is_simple(state: Any, y: PyTree[Array]) -> Bool[Array, ""]:
+    """What the last two steps tell of a root `y`; `state` is that of `optx.Newton`."""
+    hardly = is_hardly_shorter(state.diffsize, state.diffsize_prev)
+    return ~(hardly & is_seen(max_abs(state.diff), max_abs(y)))

@@ -40,10 +40,6 @@ from ._root_vector import real_size
 _STEPS = LEAST_BUDGET // 2
 # So many times farther away than the start from the origin, a root is another matter.
 _FAR = 100.0
-# What is left of a Newton iteration is the length of its last step. Where it is over,
-# it is this, or minus the step if that is hardly shorter than the one before; zero, if
-# it would stay where it is for ever; the least number or its half, if it has failed.
-_SIMPLE = -math.inf
 # Linear solvers that are Gaussian elimination or Cramer's rule at this size.
 _DIRECT = (lx.AutoLinearSolver, lx.LU, AutoLinearSolver, DirectLU)
 
@@ -221,7 +217,7 @@ def small_newton(
     **Arguments:** `aux` is structured as that of `fn`; `max_steps` counts evaluations.
     """
     problem = _Problem(fn, args, jax.eval_shape(lambda: y))
-    limits = jnp.finfo(vs.real_dtype(y))
+    codes = _codes(vs.real_dtype(y))
 
     def step(y: list[Array], before: Array) -> tuple[list[Array], Any, Array]:
         seen, going = problem.look(y), _exceeds(before, 0.0)
@@ -232,10 +228,7 @@ def small_newton(
         # optimistix holds `f` against zero, so that only `atol` counts.
         small_f = _is_below(largest, solver.atol)
         over = lax.bitwise_and(_within(solver, step, new), small_f)
-        simple, singular, nonfinite = (
-            lax.full_like(before, code)
-            for code in (_SIMPLE, limits.min, limits.min / 2)
-        )
+        simple, singular, nonfinite = (lax.full_like(before, code) for code in codes)
         hardly = is_hardly_shorter(length, before)
         done = lax.select(hardly, lax.neg(length), simple)
         cause = lax.select(_is_below(largest, jnp.inf), singular, nonfinite)
@@ -244,14 +237,32 @@ def small_newton(
         return new, seen.aux, lax.select(going, now, before)
 
     c = _loop(step, 0.0, _begin(y, aux, jnp.inf), max_steps)
-    found = small.from_entries(c.y, problem.struct)
-    hardly = (c.left < 0) & (c.left > limits.min / 2)
+    result, hardly = _ended(c.left, codes)
     simple = ~(hardly & is_seen(-c.left, closed.largest(c.y)))
-    done = hardly | (c.left == _SIMPLE)
-    result = where_result(done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
-    result = where_result(c.left == limits.min, RESULTS.singular, result)
-    result = where_result(c.left == limits.min / 2, RESULTS.nonfinite, result)
+    found = small.from_entries(c.y, problem.struct)
     return Newtons(found, c.aux, result, c.steps, simple)
+
+
+def _codes(dtype: Any) -> tuple[float, float, float]:
+    """What is left of an iteration after a good end, a singular and a nonfinite one.
+
+    Else it is the length of its last step: zero if it would stay there for ever, and
+    negative after an end whose last step is hardly shorter than the one before.
+    """
+    least = float(jnp.finfo(dtype).min)
+    return -math.inf, least, least / 2
+
+
+def _ended(
+    left: Array, codes: tuple[float, float, float]
+) -> tuple[RESULTS, Bool[Array, ""]]:
+    """How an iteration has ended, and whether by a step that is hardly shorter."""
+    good, singular, nonfinite = (left == code for code in codes)
+    hardly = (left < 0) & ~(good | singular | nonfinite)
+    more = RESULTS.nonlinear_max_steps_reached
+    result = where_result(good | hardly, RESULTS.successful, more)
+    result = where_result(singular, RESULTS.singular, result)
+    return where_result(nonfinite, RESULTS.nonfinite, result), hardly
 
 
 def _within(solver: Any, x: list[Array], y: list[Array]) -> Bool[Array, ""]:
