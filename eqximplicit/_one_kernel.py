@@ -20,7 +20,6 @@ import equinox as eqx
 import jax
 import jax.extend.core as jex
 import jax.tree_util as jtu
-from jax import lax
 from jax.core import ShapedArray
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, partial_eval as pe
@@ -86,17 +85,9 @@ def in_one_kernel(fn: Callable[[], T]) -> T:
     if traced.effects:
         leaves = jex.jaxpr_as_fun(traced)()
     else:
-        leaves = _called(_with_consts(traced.jaxpr), traced.consts)
+        jaxpr = traced.jaxpr.replace(invars=traced.jaxpr.constvars, constvars=[])
+        leaves = _one_kernel_p.bind(*traced.consts, call_jaxpr=_Call(jaxpr, []))
     return eqx.combine(jtu.tree_unflatten(treedef, leaves), rest)
-
-
-def _with_consts(jaxpr: jex.Jaxpr) -> Callable[..., Sequence[Any]]:
-    """A jaxpr without arguments as a function of its constants."""
-    return lambda *consts: jex.jaxpr_as_fun(_Call(jaxpr, consts))()
-
-
-def _called(fn: Callable[..., Sequence[Any]], args: Sequence[Any]) -> list[Any]:
-    return _one_kernel_p.bind(*args, call_jaxpr=jax.make_jaxpr(fn)(*args))
 
 
 # --- The primitive --------------------------------------------------------------------
@@ -130,7 +121,9 @@ def _batch(
     if not any(batched):
         return _one_kernel_p.bind(*args, call_jaxpr=call_jaxpr), out_axes
     fn, names = jex.jaxpr_as_fun(call_jaxpr), (axis.name, axis.size, axis.spmd_name)
-    return _called(jax.vmap(fn, tuple(dims), out_axes, *names), args), out_axes
+    batched_fn = jax.vmap(fn, tuple(dims), out_axes, *names)
+    call_jaxpr = jax.make_jaxpr(batched_fn)(*args)
+    return _one_kernel_p.bind(*args, call_jaxpr=call_jaxpr), out_axes
 
 
 def _depends(jaxpr: jex.Jaxpr, given: Sequence[bool]) -> list[bool]:
@@ -144,22 +137,13 @@ def _depends(jaxpr: jex.Jaxpr, given: Sequence[bool]) -> list[bool]:
 
 
 def _lowered(ctx: Any, *args: Any, call_jaxpr: _Call) -> Any:
-    out = _called_in(ctx, args, call_jaxpr)
-    if not _is_kernel(ctx, _call_of(out)):
-        return out
-    # XLA would take a constant for the argument, which leaves one that no kernel has.
-    lower = mlir.lower_fun(lambda *args: list(lax.optimization_barrier(args)))
-    args = lower(ctx.replace(avals_out=ctx.avals_in), *args)
-    out = _called_in(ctx, args, call_jaxpr)
-    _mark(_call_of(out))
-    return out
-
-
-def _called_in(ctx: Any, args: Sequence[Any], call_jaxpr: _Call) -> Any:
-    # Without effects there are no tokens: each attempt has a context of its own.
-    ctx = ctx.replace()
     name = "one_kernel"
-    return mlir.core_call_lowering(ctx, *args, name=name, call_jaxpr=call_jaxpr)
+    out = mlir.core_call_lowering(ctx, *args, name=name, call_jaxpr=call_jaxpr)
+    call = _call_of(out)
+    if _is_kernel(ctx, call):
+        _mark(call)
+        _hide_constants(call)
+    return out
 
 
 def _call_of(values: Any) -> Any:
@@ -196,6 +180,14 @@ def _mark(call: Any) -> None:
     ir: Any = mlir.ir
     attributes = {key: ir.StringAttr.get(value) for key, value in _ATTRIBUTES.items()}
     call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
+
+
+def _hide_constants(call: Any) -> None:
+    """XLA would take one for the argument, which leaves one that no kernel has."""
+    with mlir.ir.InsertionPoint(call), call.location:
+        hidden = stablehlo.OptimizationBarrierOp(list(call.operands))
+    for i, value in enumerate(hidden.results):
+        call.operands[i] = value
 
 
 def _operations(ctx: Any, call: Any) -> Iterator[Any]:
