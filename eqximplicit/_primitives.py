@@ -84,12 +84,14 @@ class LinearSystem:
     - `apply`: `A v` from the coefficients and `v`.
     - `solve`, `solve_transposed`: `A⁻¹ b` and `A⁻ᵀ b` from the factors and `b`.
     - `transposed`: whether this stands for the system of `Aᵀ`.
+    - `cancels`: whether `b` is a difference, which may be no more than its rounding.
     """
 
     apply: Callable[[Leaves, Leaves], Leaves]
     solve: Callable[[Leaves, Leaves], Leaves]
     solve_transposed: Callable[[Leaves, Leaves], Leaves]
     transposed: bool = False
+    cancels: bool = False
 
     def flip(self) -> "LinearSystem":
         return dataclasses.replace(self, transposed=not self.transposed)
@@ -102,7 +104,16 @@ class LinearSystem:
 
     def solution(self, factors: Leaves, vector: Leaves) -> Leaves:
         solve = self.solve_transposed if self.transposed else self.solve
-        return solve(factors, vector)
+        return solve(factors, list(map(_once, vector)) if self.cancels else vector)
+
+
+def _once(x: Array) -> Array:
+    """`x`, which XLA computes once: a quotient is not repeated in all that uses it.
+
+    What is only rounding is another number each time, and no solution fits them all.
+    """
+    one, two = (jax.lax.full_like(x, value) for value in (1, 2))
+    return x / jax.lax.select(x != x, two, one)
 
 
 def linear_solve(
@@ -228,6 +239,7 @@ def _solve_jvp(
         image = lambda c: system.image(c, x)
         drift = pushed_forward(image, coefficients, moving, along)
         t_b = [a - b for a, b in zip(t_b, drift, strict=True)]
+        system = dataclasses.replace(system, cancels=True)
     return x, linear_solve(factors, coefficients, t_b, system)
 
 
@@ -266,6 +278,7 @@ def _solve_batch(
         solve=_mapped(axis, system.solve, f_dims, zeros),
         solve_transposed=_mapped(axis, system.solve_transposed, f_dims, zeros),
         transposed=system.transposed,
+        cancels=system.cancels,
     )
     return linear_solve(factors, coefficients, vector, batched), zeros
 

@@ -350,3 +350,13 @@ def test_second_and_third_derivatives_through_every_kind_of_loop(name):
     np.testing.assert_allclose(second, -2 / 9 * 8 ** (-5 / 3), rtol=1e-8)
     third = jax.jit(jax.jacfwd(jax.jacrev(jax.jacrev(fn))))(a)
     np.testing.assert_allclose(third, 10 / 27 * 8 ** (-8 / 3), rtol=1e-8)
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_second_derivatives_whose_systems_have_only_rounding_to_solve_for(size):
+    # A map that does not move with y at its fixed point, as a step of Newton's method.
+    heron = eqi.FixedPoint(lambda y, a: (2 * y + a / y**2) / 3)
+    layer = eqi.ImplicitFunction(heron, BY_STEPS[1], throw=False)
+    fn = lambda a: jnp.mean(layer(jnp.full(size, 1.5), a))
+    second = jax.jit(jax.jacfwd(jax.jacrev(fn)))(jnp.array(8.0))
+    np.testing.assert_allclose(second, -2 / 9 * 8 ** (-5 / 3), rtol=1e-8)
