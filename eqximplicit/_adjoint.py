@@ -1,6 +1,7 @@
 """HOW a solution is differentiated: the policy. `_implicit.py` has the mathematics."""
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from ._captured import detach
 from ._claim import Claim
 from ._condition import AbstractCondition, LeastSquares, Minimum, Root
 from ._custom_types import check_instance, LinearSolver, PyTree
-from ._implicit import implicit_solution
+from ._implicit import attached_solution, implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import is_successful, RESULTS, where_result
 from ._state import coarse_epsilon, greatest, stop_gradient
@@ -82,7 +83,7 @@ def _judged(outcome: Outcome, residual_tol: float | None) -> Outcome:
     unexplained = ~small & (outcome.result == RESULTS.successful)
     result = where_result(unexplained, RESULTS.residual_too_large, outcome.result)
     trusted = outcome.trusted & small
-    return Outcome(outcome.y, outcome.aux, result, trusted, outcome.stats)
+    return dataclasses.replace(outcome, result=result, trusted=trusted, at=None)
 
 
 def _if_like(y0: Any, y: Any) -> Any:
@@ -153,7 +154,10 @@ class ImplicitAdjoint(AbstractAdjoint):
         detached = solve.detached()
         outcome = stop_gradient(detached.run(detached, lax_while_loop))
         outcome = _judged(outcome, residual_tol)
-        y = implicit_solution(
+        guess = _if_like(detached.y0, outcome.y)
+        if outcome.at is None and guess is not None:
+            outcome = outcome.linearised_from(guess)
+        y = attached_solution(
             solve.condition,
             outcome.y,
             solve.args,
@@ -161,7 +165,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             options=self.options,
             aux=outcome.aux,
             trusted=outcome.trusted,
-            elsewhere=_if_like(detached.y0, outcome.y),
+            at=outcome.at,
             claim=_claim_of(detached.solver, solve.condition, outcome.y),
         )
         return eqx.tree_at(lambda o: o.y, outcome, y)

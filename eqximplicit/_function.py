@@ -294,7 +294,7 @@ def _diagnosed(solve: Solve, outcome: Outcome) -> Outcome:
         stuck = stuck & is_rounding(residual, y, left, eps)
         result = where_result(stuck, RESULTS.unattainable_tolerance, result)
     stats = {**outcome.stats, "residual_norm": norm}
-    return Outcome(outcome.y, outcome.aux, result, outcome.trusted, stats)
+    return dataclasses.replace(outcome, result=result, stats=stats)
 
 
 def _solve(

@@ -60,26 +60,19 @@ class _Attachment(eqx.Module):
 
     aux: Any
     rule: LinearRule
-    elsewhere: Any
     claim: Claim | None
 
-    def base(self, y: Any) -> Any:
-        """Where to linearise: at `y`, or elsewhere if `y` is not to be trusted.
 
-        A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
-        """
-        if self.elsewhere is None:
-            return y
-        return select(self.rule.trusted, y, self.elsewhere)
+def _tangent_of(values: Any, theta: Structure, attachment: Structure) -> Tangent:
+    """`ẏ` from flat lists; called once JAX wants a derivative.
 
-
-def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent:
-    """`ẏ` from flat lists; called once JAX wants a derivative."""
+    The values are `y`, or `y` and where to linearise: that moves as `y` does, if it is.
+    """
     count = len(theta.dtypes)
 
     def tangent(moving: Moving, y: Leaves, rest: Leaves, t_moving: Leaves) -> Leaves:
         theta_leaves, attached = rest[:count], attachment.restored(rest[count:])
-        at = attached.base(jtu.tree_unflatten(y_tree, y))
+        *others, at = jtu.tree_unflatten(values, y)
         dtype, like = real_dtype(at), struct_of(at)
         condition, args = theta.restored(theta_leaves)
         refuse_reverse_only(condition, at, args, attached.aux)
@@ -104,7 +97,10 @@ def _tangent_of(y_tree: Any, theta: Structure, attachment: Structure) -> Tangent
             attached.claim,
             lambda: pushed_forward(at_y, theta_leaves, moving, list(even(t_moving))),
         )
-        return jtu.tree_leaves(from_real(t_y, like))
+        t_y = from_real(t_y, like)
+        still = jtu.tree_map(jnp.zeros_like, t_y)
+        t_at = select(attached.rule.trusted, t_y, still) if others else t_y
+        return jtu.tree_leaves((*(t_y for _ in others), t_at))
 
     return tangent
 
@@ -183,16 +179,48 @@ def implicit_solution(
     check_instance("condition", condition, AbstractCondition, _CONDITION)
     refuse_static_arrays(condition.fn, "fn")
     refuse_static_arrays(args, "args")
+    at = None
+    if elsewhere is not None:
+        at = select(jnp.asarray(trusted), as_state(y), elsewhere)
+    return attached_solution(
+        condition,
+        y,
+        args,
+        linear_solver=linear_solver,
+        options=options,
+        aux=aux,
+        trusted=trusted,
+        at=at,
+        claim=claim,
+    )
+
+
+def attached_solution(
+    condition: AbstractCondition[Y, Args],
+    y: Y,
+    args: Args,
+    *,
+    linear_solver: LinearSolver | None,
+    options: dict[str, Any] | None,
+    aux: Any,
+    trusted: Bool[Array, ""] | bool,
+    at: PyTree[Array] | None,
+    claim: Claim | None,
+) -> Y:
+    """As `implicit_solution`, linearised `at` another state if it is given.
+
+    A NaN value would turn the zero that nobody asked for into NaN, as 0 · ∂F/∂θ.
+    """
     y, aux = cast(tuple[Y, Any], stop_gradient((as_state(y), aux)))
     hoisted = hoist(condition, y, args, aux)
     rule = _linear_rule(condition, linear_solver, options, trusted)
     theta_leaves, theta = flatten(as_arrays((hoisted, args)))
-    elsewhere, claim = stop_gradient((elsewhere, claim))
-    rest, attachment = flatten(_Attachment(aux, rule, elsewhere, claim))
-    leaves, treedef = jtu.tree_flatten(y)
+    at, claim = stop_gradient((at, claim))
+    rest, attachment = flatten(_Attachment(aux, rule, claim))
+    leaves, treedef = jtu.tree_flatten((y,) if at is None else (y, at))
     tangent = _tangent_of(treedef, theta, attachment)
     attached = attach(leaves, theta_leaves, rest, tangent)
-    return jtu.tree_unflatten(treedef, attached)
+    return jtu.tree_unflatten(treedef, attached)[0]
 
 
 def root_jvp(

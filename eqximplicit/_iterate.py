@@ -4,6 +4,7 @@ Nothing but the solver's own step and termination runs inside it. Whether the va
 finite, and how the solve ended, is asked once after the loop.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from ._state import (
     max_abs,
     max_norm,
     real_dtype,
+    select,
     to_real,
 )
 from .solvers._default import fitted, with_tolerances
@@ -105,7 +107,8 @@ class Outcome(eqx.Module):
     """What any solve, by whatever means, hands to the adjoint.
 
     Fields as `Solution`. `trusted` is whether the solver itself reported success, and
-    nothing against a derivative there.
+    nothing against a derivative there. `at` is where one is linearised, if that has
+    been chosen: `y`, or the guess where `y` is not trusted.
     """
 
     y: Any
@@ -113,6 +116,12 @@ class Outcome(eqx.Module):
     result: RESULTS
     trusted: Bool[Array, ""]
     stats: dict[str, Any]
+    at: Any = None
+
+    def linearised_from(self, guess: Any) -> "Outcome":
+        """The outcome with `at` chosen."""
+        at = select(self.trusted, self.y, guess)
+        return dataclasses.replace(self, at=at)
 
 
 def _loop(
@@ -178,11 +187,12 @@ def iterate(
     if watch is not None or while_loop is not lax_while_loop:
         return _iterated(run, y, while_loop)
     if is_closed_form(solver, y, options):
-        return in_one_kernel(lambda: _in_closed_form(run, y))
+        return in_one_kernel(lambda: _in_closed_form(run, y).linearised_from(y0))
     opened = in_one_kernel(lambda: _opened(run, y))
     if opened is None:
         run = _with_own_norm(run)
-        return in_one_kernel(lambda: _iterated(run, y, lax_while_loop))
+        loop = lambda: _iterated(run, y, lax_while_loop).linearised_from(y0)
+        return in_one_kernel(loop)
     return _continued(run, opened)
 
 

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree, ShapeDtypeStruct
-from ._reduce import anywhere, largest
+from ._reduce import anywhere, is_few, largest
 
 T = TypeVar("T")
 _Struct = jax.ShapeDtypeStruct | Array
@@ -281,11 +281,13 @@ def peak(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, ".
 
 
 def _top(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
-    """The largest absolute entry; infinite for a NaN, and zero if there is none.
+    """The largest absolute entry; NaN or infinite for a NaN, and zero if there is none.
 
     For the CPU, XLA's maximum of more than 4096 entries passes over a NaN (JAX 0.10).
     """
     size = lax.abs(x)
+    if is_few(x):
+        return largest(size, axis)
     size = lax.select(lax.ne(size, size), lax.full_like(size, jnp.inf), size)
     return largest(size, axis)
 
@@ -296,7 +298,7 @@ def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:
 
 
 def max_norm(tree: PyTree[Array]) -> Float[Array, ""]:
-    """The largest absolute entry of all leaves; infinite for a NaN."""
+    """The largest absolute entry of all leaves; NaN or infinite for a NaN."""
     return _greatest_of(_top, tree)
 
 
@@ -316,7 +318,7 @@ def greatest(*values: Any) -> Any:
 
 
 def select(
-    pred: Bool[Array, ""], on_true: PyTree[Array], on_false: PyTree[Array]
+    pred: Bool[Array, ""], on_true: PyTree[Any], on_false: PyTree[Any]
 ) -> PyTree[Array]:
     """`on_true` where the scalar `pred` holds, else `on_false`, leaf by leaf."""
     return jtu.tree_map(lambda a, b: jax.lax.select(pred, a, b), on_true, on_false)
