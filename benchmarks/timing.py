@@ -3,13 +3,14 @@
 - One core, one thread: `one_core.py` sees to that when it is imported, and must be so
   before JAX. Then CPU time is wall time less what other processes take, so CPU time is
   what is measured: a busy machine changes it little.
-- Run time: everyone in turns.
+- Run time: everyone in turns, in an order drawn for each round.
 - First call: trace, lowering and compilation, with JAX's caches cleared before each.
 - Temporary memory: what the compiled program says it allocates beside its arguments
   and results.
 """
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -81,7 +82,8 @@ def run_times(
 ) -> dict[str, float]:
     """Medians in CPU seconds of everyone in turns, for about `seconds` in all.
 
-    A turn of a short function is several calls, of 2 ms together.
+    A turn of a short function is several calls, of 2 ms together. Each round has its
+    own order: large arrays leave the caches empty to whoever comes next.
     """
     jitted = {name: jax.jit(fn) for name, fn in contestants.items()}
     numbers = {}
@@ -89,11 +91,11 @@ def run_times(
         jax.block_until_ready(run(*args))
         numbers[name] = max(1, math.ceil(2e-3 / _timed(run, args, 3)))
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    start, rounds = clock(), 0
+    start, rounds, order = clock(), 0, random.Random(0)
     while rounds < least or clock() - start < seconds:
         rounds += 1
-        for name, run in jitted.items():
-            times[name].append(_timed(run, args, numbers[name]))
+        for name in order.sample(list(jitted), len(jitted)):
+            times[name].append(_timed(jitted[name], args, numbers[name]))
     return {name: statistics.median(ts) for name, ts in times.items()}
 
 
