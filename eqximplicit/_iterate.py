@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from ._condition import AbstractCondition
 from ._custom_types import PyTree
-from ._lanes import any_lane
+from ._lanes import any_lane, in_every_lane
 from ._monitor import Monitor, Watch
 from ._one_kernel import in_one_kernel
 from ._problem import iterated_fn, IteratedFn, Solver
@@ -267,6 +267,8 @@ def _iterated(
     state_arrays, state_static = eqx.partition(state, eqx.is_array)
     aux, residual = filled(fn_aux_struct, 0), filled(residual_struct, jnp.inf)
     carry = _Carry(y, state_arrays, residual, aux, num_steps, record)
+    if while_loop is lax_while_loop:  # the others are differentiated
+        carry = in_every_lane(carry, (fn, args))
 
     def combine(arrays: Any) -> Any:
         return eqx.combine(arrays, state_static)

@@ -19,12 +19,16 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jax.core import ShapedArray
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir, partial_eval as pe
+from jaxtyping import Array, Float
 
 from ._placement import is_for_one_device
+from ._reach import inner_jaxprs
 
 T = TypeVar("T")
 _Call = jex.ClosedJaxpr
@@ -68,6 +72,8 @@ _BYTES = {
 
 _one_kernel_p = jex.Primitive("one_kernel")
 _one_kernel_p.multiple_results = True
+_body_p = jex.Primitive("one_kernel_body")
+_body_p.multiple_results = True
 
 
 def in_one_kernel(fn: Callable[[], T]) -> T:
@@ -82,12 +88,18 @@ def in_one_kernel(fn: Callable[[], T]) -> T:
 
     traced = jax.make_jaxpr(arrays)()
     treedef, rest = static
-    if traced.effects:
+    if traced.effects or not _has_loop(traced.jaxpr):
         leaves = jex.jaxpr_as_fun(traced)()
     else:
         jaxpr = traced.jaxpr.replace(invars=traced.jaxpr.constvars, constvars=[])
         leaves = _one_kernel_p.bind(*traced.consts, call_jaxpr=_Call(jaxpr, []))
     return eqx.combine(jtu.tree_unflatten(treedef, leaves), rest)
+
+
+def _has_loop(jaxpr: jex.Jaxpr) -> bool:
+    is_loop = lambda eqn: eqn.primitive.name in ("while", "scan")
+    inner = (jaxpr for eqn in jaxpr.eqns for jaxpr in inner_jaxprs(eqn))
+    return any(map(is_loop, jaxpr.eqns)) or any(map(_has_loop, inner))
 
 
 # --- The primitive --------------------------------------------------------------------
@@ -137,13 +149,40 @@ def _depends(jaxpr: jex.Jaxpr, given: Sequence[bool]) -> list[bool]:
 
 
 def _lowered(ctx: Any, *args: Any, call_jaxpr: _Call) -> Any:
-    name = "one_kernel"
-    out = mlir.core_call_lowering(ctx, *args, name=name, call_jaxpr=call_jaxpr)
+    # Without effects there are no tokens: each attempt has a context of its own.
+    out = _called(ctx.replace(), *args, call_jaxpr=call_jaxpr)
     call = _call_of(out)
-    if _is_kernel(ctx, call):
-        _mark(call)
-        _hide_constants(call)
+    if not _is_kernel(ctx, call):
+        return out
+    call.erase()
+    kernel = jax.make_jaxpr(functools.partial(_with_witness, call_jaxpr))(*ctx.avals_in)
+    ctx = ctx.replace(avals_out=kernel.out_avals)
+    *out, witness = _called(ctx, *args, call_jaxpr=kernel)
+    _mark(_call_of(witness))
     return out
+
+
+_called = functools.partial(mlir.core_call_lowering, name="one_kernel")
+
+
+def _with_witness(call_jaxpr: _Call, *args: Array) -> list[Array]:
+    """The call, and an entry of every argument.
+
+    An argument that nothing uses, after whatever XLA finds superfluous, is one that no
+    kernel has: XLA ends the process. All are used by a result that nothing uses.
+    """
+    numbers = lax.concatenate([_first_of(x) for x in args], 0)
+    return [*_body_p.bind(*args, call_jaxpr=call_jaxpr), numbers]
+
+
+def _first_of(x: Array) -> Float[Array, " 1"]:
+    first = lax.slice(x, [0] * x.ndim, [1] * x.ndim) if x.ndim else x
+    first = lax.real(first) if jnp.iscomplexobj(first) else first
+    return lax.reshape(lax.convert_element_type(first, jnp.float32), (1,))
+
+
+def _has_number(aval: ShapedArray) -> bool:
+    return 0 not in aval.shape and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def _call_of(values: Any) -> Any:
@@ -159,6 +198,8 @@ def _is_kernel(ctx: Any, call: Any) -> bool:
     """Whether a call can be a kernel, and is worth being one, as a loop is."""
     on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
     if call is None or not (on_cpu and _is_known() and is_for_one_device(ctx)):
+        return False
+    if not all(map(_has_number, ctx.avals_in)):
         return False
     loops = False
     for operation in _operations(ctx, call):
@@ -180,10 +221,7 @@ def _mark(call: Any) -> None:
     ir: Any = mlir.ir
     attributes = {key: ir.StringAttr.get(value) for key, value in _ATTRIBUTES.items()}
     call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
-
-
-def _hide_constants(call: Any) -> None:
-    """XLA would take one for the argument, which leaves one that no kernel has."""
+    # XLA would put a constant in the place of the argument, which is unused then.
     with mlir.ir.InsertionPoint(call), call.location:
         hidden = stablehlo.OptimizationBarrierOp(list(call.operands))
     for i, value in enumerate(hidden.results):
@@ -245,6 +283,8 @@ def _num_bytes(kind: Any) -> float:
     return _BYTES.get(str(tensor.element_type), math.inf) * math.prod(tensor.shape)
 
 
+_body_p.def_abstract_eval(_abstract)
+mlir.register_lowering(_body_p, _called)
 _one_kernel_p.def_impl(_impl)
 _one_kernel_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[_one_kernel_p] = _jvp

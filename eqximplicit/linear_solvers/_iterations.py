@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
+from .._lanes import in_every_lane
 from .._packed import packed
 from ._residual import (
     add,
@@ -143,7 +144,8 @@ def picard(
     others = np.array([0, np.inf, 0 if warm is None else 1], dtype)
     rr = jnp.broadcast_to(first.rr.astype(dtype), (3,))
     begun = jax.lax.select(np.array([True, False, False]), rr, others)
-    last = jax.lax.while_loop(unfinished, step, _Picard(first.x, ahead, begun))
+    init = in_every_lane(_Picard(first.x, ahead, begun))
+    last = jax.lax.while_loop(unfinished, step, init)
     return Found(last.x, last.rr.astype(exact), last.steps.astype(int))
 
 
@@ -199,7 +201,7 @@ def conjugate_gradient(system: System, first: Iterate) -> Iterate:
     usable = jnp.isfinite(first.rr) & ~system.solved(first.rr)
     no = jnp.asarray(False)
     init = _CG(first, z, dot(first.r, z), first.rr, no, ~usable)
-    return jax.lax.while_loop(lambda c: ~c.stop, step, init).it
+    return jax.lax.while_loop(lambda c: ~c.stop, step, in_every_lane(init)).it
 
 
 class _GCR(eqx.Module):
@@ -291,4 +293,4 @@ def conjugate_residual(system: System, first: Iterate, restart: int) -> Iterate:
     usable = jnp.isfinite(first.rr) & ~system.solved(first.rr)
     yes, no, zero = jnp.asarray(True), jnp.asarray(False), jnp.asarray(0)
     init = _GCR(first, basis, basis, zero, first.r, yes, first.rr, no, stop=~usable)
-    return jax.lax.while_loop(lambda c: ~c.stop, step, init).it
+    return jax.lax.while_loop(lambda c: ~c.stop, step, in_every_lane(init)).it

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._lanes import any_lane
+from .._lanes import any_lane, in_every_lane
 from ..linear_solvers._columns import columns_of
 from ..linear_solvers._dense import zero_below
 from . import _vector_space as vs
@@ -156,7 +156,7 @@ def lanczos(hvp: Hvp, start: Any, num_steps: int) -> Float[Array, "k k"]:
     none, one = jnp.zeros(num_steps, dtype), jnp.ones((), dtype)
     blank, count = vs.zeros_like(start), jnp.zeros((), jnp.int32)
     first = _Lanczos(blank, unit, zero, one, one, none, none, count)
-    last = jax.lax.while_loop(unfinished, body, first)
+    last = jax.lax.while_loop(unfinished, body, in_every_lane(first))
     known = jnp.asarray(np.arange(num_steps, dtype=np.int32)) < last.num_steps
     alphas = jnp.where(known, last.alphas, last.alphas[0])
     off = jnp.diag(last.betas[1:], 1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
+from .._lanes import in_every_lane
 from .._packed import unpacked
 from .._problem import IteratedFn
 from . import _vector_space as vs
@@ -76,6 +77,7 @@ def opening(
         return Iterates(y, record, c.aux, aux, numbers)
 
     first = Iterates(y, record, aux, aux, at_start(vs.real_dtype(y)))
+    first = in_every_lane(first, (fn, args))
     last = jax.lax.while_loop(unfinished, step, first)
     return _opened(last, tolerance, target)
 

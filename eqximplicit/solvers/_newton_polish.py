@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from .._lanes import in_every_lane
 from .._solution import Aux, Y
 from . import _vector_space as vs
 
@@ -227,7 +228,7 @@ def _steihaug(
         )
 
     running = lambda cg: ~cg.done & (cg.num_steps < max_steps)
-    last = jax.lax.while_loop(running, body, first)
+    last = jax.lax.while_loop(running, body, in_every_lane(first))
     return _Proposal(last.step, vs.length(last.step, dtype), unit * last.predicted)
 
 

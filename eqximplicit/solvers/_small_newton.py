@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import PyTree
-from .._lanes import max_lane
+from .._lanes import in_every_lane, max_lane
 from .._problem import IteratedFn
 from .._solution import RESULTS, where_result
 from ..linear_solvers import (
@@ -100,10 +100,13 @@ class _Carry(eqx.Module):
     shared: Int[Array, ""]  # and of the loop
 
 
-def _begin(y: PyTree[Array], aux: Any, left: float) -> _Carry:
+def _begin(
+    fn: IteratedFn, y: PyTree[Array], args: Any, aux: Any, left: float
+) -> _Carry:
     zero = jnp.zeros((), int)
     number = jnp.asarray(left, vs.real_dtype(y))
-    return _Carry(small.entries(y), aux, number, zero, zero)
+    begun = small.entries(y), aux, number, zero
+    return _Carry(*in_every_lane(begun, (fn, args)), zero)
 
 
 def _loop(
@@ -154,7 +157,7 @@ def newton_opening(
 ) -> Opened:
     """Newton's method until every entry of the residual *at* `y` is within `atol`."""
     problem = _Problem(fn, args, jax.eval_shape(lambda: y))
-    carry = _begin(y, aux, jnp.inf)
+    carry = _begin(fn, y, args, aux, jnp.inf)
 
     def step(y: list[Array], before: Array) -> tuple[list[Array], Any, Array]:
         seen = problem.look(y)
@@ -236,7 +239,7 @@ def small_newton(
         now = lax.select(over, done, more)
         return new, seen.aux, lax.select(going, now, before)
 
-    c = _loop(step, 0.0, _begin(y, aux, jnp.inf), max_steps)
+    c = _loop(step, 0.0, _begin(fn, y, args, aux, jnp.inf), max_steps)
     result, hardly = _ended(c.left, codes)
     simple = ~(hardly & is_seen(-c.left, closed.largest(c.y)))
     found = small.from_entries(c.y, problem.struct)
