@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 from jax import lax
 
@@ -192,6 +193,51 @@ def test_constants_and_surroundings(name, monkeypatch):
     assert not is_marked(plain.as_text())
     assert_same(compiled(y), plain(y), 1e-12)
     assert_same(fn(y), plain(y), 1e-12)  # without jit
+
+
+# XLA finds that `t` is of no use: no kernel has an argument like that.
+SUPERFLUOUS = {
+    "unused": lambda y, t: 0.0 * y[0],
+    "dead": lambda y, t: (jnp.where(t > 0, 1.0, 2.0), y[0])[1],
+    "never chosen": lambda y, t: jnp.where(False, t, y[0]),
+    "branch": lambda y, t: lax.cond(jnp.bool_(True), lambda t: 0.1, lambda t: t, t),
+    "times zero": lambda y, t: (t.astype(int) * 0).astype(float),
+    "no entry": lambda y, t: jnp.sum(jnp.broadcast_to(t, (0,))),
+    "of one entry": lambda y, t: y[:1][jnp.clip(t.astype(int), 0, 0)],
+    "to the power zero": lambda y, t: t**0,
+    "loop": lambda y, t: lax.fori_loop(
+        *(0, 3, lambda _, c: (c[0] / 2, c[1] * 2), (y[0], t))
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", SUPERFLUOUS)
+def test_superfluous_arguments(name):
+    step = SUPERFLUOUS[name]
+    fn = lambda y, args: jnp.cos(y) * args[0] + 0.1 * step(y, args[1])
+    solver = optx.FixedPointIteration(1e-9, 1e-9)
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(fn), solver, throw=False)
+    solve = lambda a, t: layer(jnp.ones(2), (a, t))
+    a, t = jnp.asarray(0.3), jnp.asarray(2.0)
+    y = solve(a, t)  # without jit all of it is the kernel
+    np.testing.assert_allclose(fn(y, (a, t)), y, atol=1e-8)
+    lanes = jax.jit(jax.vmap(solve, in_axes=(0, None)))(jnp.stack([a, a]), t)
+    assert_same(lanes, jnp.stack([y, y]), 1e-12)
+    gradient = jax.grad(lambda a, t: jnp.sum(solve(a, t)), argnums=(0, 1))
+    assert_same(jax.jit(gradient)(a, t), gradient(a, t), 1e-9)
+    assert gradient(a, t)[1] == 0
+
+
+@pytest.mark.parametrize("other", [True, 3, 1j, np.zeros(0)])
+def test_arguments_of_any_kind(other):
+    fn = lambda y, args: jnp.cos(y) * args[0]
+    args = (
+        jnp.asarray(0.3),
+        other if isinstance(other, jax.Array) else jnp.asarray(other),
+    )
+    solver = optx.FixedPointIteration(1e-9, 1e-9)
+    y = eqi.ImplicitFunction(eqi.FixedPoint(fn), solver)(jnp.ones(2), args)
+    np.testing.assert_allclose(fn(y, args), y, atol=1e-8)
 
 
 def test_under_transformations():
