@@ -26,13 +26,13 @@ from .solvers import AbstractHostSolver, AutoRootFinder, Broyden, FIRE
 from .solvers._default import ROUNDINGS
 
 # A solver measures the distance from a solution in its own way: it is held to its
-# tolerance times this, and never to more than two digits of a state of order one, nor
-# to its own roundings.
-_SLACK, _DIGITS = 100.0, 1e-2
+# tolerance times this; to one digit of a state of order one at least, never to more
+# than two, nor to its own roundings.
+_SLACK, _ONE_DIGIT, _TWO_DIGITS = 100.0, 1e-1, 1e-2
 # Their step is itself the estimate of the distance.
 _MEASURED = (optx.Newton, optx.Chord)
 # A residual is small in units that only the Jacobian tells.
-_BY_RESIDUAL = (AutoRootFinder, Broyden)
+_BY_RESIDUAL = (AutoRootFinder, Broyden, AbstractHostSolver)
 
 
 class Solve(eqx.Module):
@@ -102,18 +102,21 @@ def _claim_of(
 ) -> Claim | None:
     """What `solver` claims by reporting success; `None` if nothing is to be tested.
 
-    optimistix's own solvers are held to a distance, and root finders that judge by the
-    residual alone; `FIRE` and host solvers to having found a minimum. A callable has
-    claimed nothing, and the other solvers of this package measure what they claim.
+    optimistix's own solvers are held to a distance, and so are those that judge by the
+    residual or the gradient alone; all of these but the root finders also to having
+    found a minimum. A callable has claimed nothing, and the other solvers of this
+    package measure what they claim.
     """
     theirs = type(solver).__module__.partition(".")[0] == "optimistix"
-    distance, least = None, max(_DIGITS, ROUNDINGS * (coarse_epsilon(y) or 0))
-    if theirs and not isinstance(solver, _MEASURED):
-        distance = greatest(_SLACK * solver.rtol, _SLACK * solver.atol, least)
+    stepping = theirs or isinstance(solver, FIRE)
+    distance, least = None, max(_TWO_DIGITS, ROUNDINGS * (coarse_epsilon(y) or 0))
+    if stepping and not isinstance(solver, _MEASURED):
+        loose = _SLACK * greatest(solver.rtol, solver.atol)
+        distance = jnp.clip(loose, least, _ONE_DIGIT)
     elif isinstance(solver, _BY_RESIDUAL):
         distance = least
     extremal = isinstance(condition, (Minimum, LeastSquares))
-    minimum = extremal and (theirs or isinstance(solver, (FIRE, AbstractHostSolver)))
+    minimum = extremal and (stepping or isinstance(solver, AbstractHostSolver))
     claims = distance is not None or minimum
     return Claim(distance, minimum) if claims else None
 

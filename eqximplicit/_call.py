@@ -96,9 +96,9 @@ def _not_traceable(
     traced = "; ".join(_traced_inputs(solver, y0, args)) or "none found"
     return ValueError(
         f"The solver `{name}` asked for the value of a traced array, which has none "
-        f"yet. Traced here: {traced}. Call it outside `jit` and `vmap`, with such "
-        "arrays as arguments, or wrap the solver in `eqi.HostSolver`. JAX said: "
-        f"{str(error).splitlines()[0]}"
+        f"yet. Traced here: {traced}. Pass such arrays in `args`, or make the object "
+        "that holds them an `eqx.Module`; under `jit` and `vmap`, also wrap the solver "
+        f"in `eqi.HostSolver`. JAX said: {str(error).splitlines()[0]}"
     )
 
 

@@ -3,11 +3,15 @@
 A solver may hold traced arrays in its closure. Tracing it to hoist them would forbid
 solvers that JAX cannot trace (a Python loop with `float(...)`, SciPy, a growing list),
 so they are found where Python keeps them: closure cells, defaults, bound objects,
-partial arguments, and pytrees of all these.
+partial arguments, and pytrees of all these. An error names those in globals, too.
 """
 
+import contextlib
+import dis
 import functools
+import sysconfig
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -16,17 +20,27 @@ import jax
 import jax.tree_util as jtu
 from jax.core import Tracer
 
-from ._state import leaf_name, stop_gradient
+from ._state import stop_gradient
 
 F = TypeVar("F")
 
+CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
+_PLAIN = (jax.Array, bool, int, float, complex, str)
+_LIMIT = 100_000  # of objects: one may make up an attribute each time
+# Whose globals are not looked at: they hold nothing of the user.
+_INSTALLED = (
+    "<frozen ",
+    *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),
+)
+_Parts = Iterator[tuple[str, object]]
+
 
 def _is_plain_function(x: object) -> bool:
-    return isinstance(x, (types.FunctionType, types.MethodType, functools.partial))
+    return isinstance(x, CALLABLES)
 
 
-def _holds_tracer(value: object, seen: frozenset[int] = frozenset()) -> bool:
-    return any(True for _ in _tracers(value, "", seen))
+def _holds_tracer(value: object, apart: object = None) -> bool:
+    return any(True for _ in _tracers(value, "", _parts, apart))
 
 
 def _cells(fn: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
@@ -38,8 +52,8 @@ def _cells(fn: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
         yield name, cell
 
 
-def _parts(value: object, name: str) -> Iterator[tuple[str, object]]:
-    """What a callable or a plain object holds, with the expression that reaches it."""
+def parts_of_callable(value: object, name: str) -> _Parts:
+    """What a function, method or partial holds, each with how to reach it."""
     if isinstance(value, types.FunctionType):
         for cell_name, cell in _cells(value):
             yield cell_name, cell.cell_contents
@@ -53,31 +67,83 @@ def _parts(value: object, name: str) -> Iterator[tuple[str, object]]:
         yield f"{name}.func", value.func
         yield f"{name}.args", value.args
         yield f"{name}.keywords", value.keywords
-    elif hasattr(value, "__wrapped__"):
-        yield name, value.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
-        for key, attribute in vars(value).items():
+
+
+def items(value: Any, name: str) -> _Parts:
+    """What a container holds. As a pytree it might be cyclic, deep or of no order."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in pairs:
+        if isinstance(item, Tracer) or not isinstance(item, _PLAIN):
+            yield f"{name}[{key!r}]", item
+
+
+def _parts(value: Any, name: str) -> _Parts:
+    """What a callable or an object holds, with the expression that reaches it."""
+    if _is_plain_function(value):
+        yield from parts_of_callable(value, name)
+    elif isinstance(value, (list, tuple, dict)):
+        yield from items(value, name)
+    elif not isinstance(value, (type, types.ModuleType, *_PLAIN)):
+        if hasattr(value, "__wrapped__"):
+            yield name, value.__wrapped__
+        for key, attribute in (*_own(value), *_slots(value)):
             yield f"{name}.{key}", attribute
 
 
+def _own(value: object) -> _Parts:
+    yield from getattr(value, "__dict__", {}).items()
+
+
+def _slots(value: object) -> _Parts:
+    for cls in type(value).__mro__:
+        for key, slot in vars(cls).items() if "__slots__" in vars(cls) else ():
+            if isinstance(slot, types.MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # an empty slot
+                    yield key, slot.__get__(value)
+
+
+def _parts_and_globals(value: Any, name: str) -> _Parts:
+    if isinstance(value, types.MethodType):
+        yield f"{name}.__func__", value.__func__
+    yield from _parts(value, name)
+    if isinstance(value, types.FunctionType):
+        for key in _globals_of(value.__code__):
+            if key in value.__globals__:
+                yield key, value.__globals__[key]
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> frozenset[str]:
+    """The globals that code of the user reads, and functions inside it."""
+    if code.co_filename.startswith(_INSTALLED):
+        return frozenset()
+    steps = dis.get_instructions(code)
+    own = (str(step.argval) for step in steps if step.opname == "LOAD_GLOBAL")
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return frozenset(own).union(*map(_globals_of, inner))
+
+
 def _tracers(
-    value: object, name: str, seen: frozenset[int]
+    root: object, name: str, parts: Callable[[Any, str], _Parts], apart: object = None
 ) -> Iterator[tuple[str, Tracer[Any]]]:
-    if id(value) in seen or len(seen) > 32:
-        return
-    seen = seen | {id(value)}
-    for path, leaf in jtu.tree_leaves_with_path(value, is_leaf=_is_plain_function):
-        leaf_label = leaf_name(name, path)
-        if isinstance(leaf, Tracer):
-            yield leaf_label, leaf
-        elif not isinstance(leaf, (jax.Array, bool, int, float, complex, str)):
-            for part_name, part in _parts(leaf, leaf_label):
-                yield from _tracers(part, part_name, seen)
+    """The traced arrays that `root` holds; not those that only `apart` does."""
+    left = deque([(name, root)])
+    seen = {id(apart): apart}  # which keeps it alive: an `id` could come again
+    while left and len(seen) < _LIMIT:
+        name, value = left.popleft()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tracer):
+            yield name, value
+        else:
+            left += parts(value, name)
 
 
 def captured_tracers(fn: Callable[..., Any]) -> list[tuple[str, Tracer[Any]]]:
-    """The traced arrays that `fn` carries, each with the name that reaches it."""
-    return list(_tracers(fn, getattr(fn, "__name__", "solver"), frozenset()))
+    """The traced arrays that `fn` carries or reads, each with how to reach it."""
+    name = getattr(fn, "__name__", "solver")
+    return list(_tracers(fn, name, _parts_and_globals))
 
 
 def _detach_function(fn: types.FunctionType) -> types.FunctionType:
@@ -89,7 +155,7 @@ def _detach_function(fn: types.FunctionType) -> types.FunctionType:
     replaced = {
         name: detach_cell(cell)
         for name, cell in _cells(fn)
-        if _holds_tracer(cell.cell_contents, frozenset({id(fn)}))
+        if _holds_tracer(cell.cell_contents, apart=fn)
     }
     closure = tuple(
         replaced.get(name, cell)

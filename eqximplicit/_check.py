@@ -1,5 +1,6 @@
 r"""Is this gradient right, and if not, why? All the witnesses, in one call."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,12 @@ from ._forward import (
     not_a_minimum,
 )
 from ._inputs import guess, independent, static_arrays
-from ._point import AnyLayer, examine, Point, Seed, subject
+from ._point import AnyLayer, examine, Point, Seed, SMALL, subject
 from ._spectrum import (
     asymmetry,
     conditioning,
     entrywise_asymmetry,
+    estimated,
     false_tags,
     matrix_of,
     Spectrum,
@@ -45,7 +47,7 @@ class ImplicitReport(eqx.Module):
     - `tolerance`: what was asked for: `residual_tol`, or the solver's own.
     - `attainable`: the residual that one rounding of the state causes.
     - `distance`: roughly how far the value is from the solution, relative.
-    - `condition`: the condition number of `∂F/∂y`, for up to 512 unknowns.
+    - `condition`: the condition number of `∂F/∂y`; above 512 unknowns, a lower bound.
     - `difference_error`: the relative deviation of the implicit directional derivative
         from central differences of the solver, and `difference_noise`: theirs.
     - `unrolled_error`: its deviation from that of the solver's unrolled steps.
@@ -91,8 +93,9 @@ def check_implicit(
     It solves about a dozen times and takes one directional derivative by the layer's
     own adjoint in forward and in reverse mode (or the one it has), by differences of
     the solver, and through the solver's steps where JAX can. It looks at the residual,
-    at the jaxpr of the condition, at the tags, and (up to 512 unknowns) at the spectrum
-    of $\partial F/\partial y$. For tests and notebooks, not for a training loop.
+    at the jaxpr of the condition, at the tags, and at the spectrum of
+    $\partial F/\partial y$: above 512 unknowns along some hundred directions only, as a
+    note then says. For tests and notebooks, not for a training loop.
 
     A solver that is a bare callable is told `args` alone, so its parameters are moved
     there and not in the condition.
@@ -121,15 +124,23 @@ def check_implicit(
     seed = 0 if key is None else int(jax.random.bits(key))
     random = np.random.default_rng(seed)
     found = subject("check_implicit", layer, y0, args)
-    static = static_arrays(found, found.theta.args)
+    static = [_located(array) for array in static_arrays(found, found.theta.args)]
     if static:  # nothing can be solved: such a layer refuses its input
         return ImplicitReport(tuple(static))
     return _check(examine(found), random)
 
 
+def _located(static_array: Finding) -> Finding:
+    """The finding, its path and its shape taken out of the sentence to their places."""
+    sentence, _, shape = static_array.what.removesuffix(").").rpartition(" (")
+    what = f"{sentence}, which no derivative, batch or move would ever reach."
+    where = "`" + sentence.split("`")[1] + "`"
+    return dataclasses.replace(static_array, what=what, where=where, how_bad=shape)
+
+
 def _check(point: Point, random: np.random.Generator) -> ImplicitReport:
     matrix = matrix_of(point)
-    spectrum = spectrum_of(point, matrix)
+    spectrum = estimated(point) if matrix is None else spectrum_of(point, matrix)
     measured = forward(point, matrix, random)
     project = _projection(point, spectrum)
     taken = derivatives(point, project, random)
@@ -140,6 +151,7 @@ def _check(point: Point, random: np.random.Generator) -> ImplicitReport:
         *false_tags(point, matrix, spectrum, random),
         *_missing_tag(point, matrix, random),
         *conditioning(point, spectrum),
+        *_unexplored(spectrum, point.size),
         *not_a_minimum(point, spectrum),
         *([] if taken is None else disagreements(taken, point.eps)),
         *_missing_mode(point),
@@ -178,8 +190,23 @@ def _projection(point: Point, spectrum: Spectrum | None) -> Callable[[Vector], V
     flat_hessian = spectrum is not None and spectrum.flats > 0
     if spectrum is None or not flat_hessian or not lx.is_symmetric(point.operator):
         return lambda vector: vector
-    basis = spectrum.range_basis
-    return lambda vector: basis @ (basis.T @ vector)
+    return spectrum.without_flats
+
+
+def _unexplored(spectrum: Spectrum | None, size: int) -> list[Finding]:
+    if size <= SMALL:
+        return []
+    explored = 0 if spectrum is None else spectrum.explored
+    return [
+        Finding(
+            "note",
+            "`∂F/∂y` was examined along some directions only, and the distance from "
+            "the solution not at all: what is weak or negative may have been missed.",
+            "`∂F/∂y`",
+            f"{explored} of {size} directions",
+            "Check a smaller problem of the same kind too (up to 512 unknowns).",
+        )
+    ]
 
 
 def _missing_mode(point: Point) -> list[Finding]:

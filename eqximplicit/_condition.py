@@ -20,13 +20,14 @@ from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
 from ._coupling import coupled_axes
-from ._custom_types import PyTree
+from ._custom_types import check_no_class, PyTree, ShapeDtypeStruct
 from ._pair import check_no_pair, split_pair
 from ._state import (
     check_same_field,
     check_same_shapes,
     check_same_structure,
     describe,
+    leaf_name,
     retree,
     struct_of,
 )
@@ -64,6 +65,9 @@ class AbstractCondition(eqx.Module, Generic[Y, Args]):
     has_aux: AbstractVar[bool]
     takes_aux: AbstractVar[bool]
 
+    def __check_init__(self) -> None:
+        _refuse_no_function(self.fn)
+
     @abc.abstractmethod
     def residual(self, y: Y, args: Args, aux: Any = None) -> Y:
         """Returns what is zero at a solution, with the leaf shapes of `y`."""
@@ -95,7 +99,11 @@ class _Hoisted(eqx.Module):
     takes_aux: bool = eqx.field(static=True)
 
     def __call__(self, y: Any, args: Any, aux: Any = None) -> Any:
-        return self.fn(y, args, aux if self.takes_aux else None)
+        out = self.fn(y, args, aux if self.takes_aux else None)
+        leaves, structure = jtu.tree_flatten(out)
+        structs = jtu.tree_leaves(self.out_struct)
+        pairs = zip(structs, leaves, strict=True)
+        return jtu.tree_unflatten(structure, [_in_dtype_of(*pair) for pair in pairs])
 
     @property
     def out_struct(self) -> tuple[Any, Any]:
@@ -155,6 +163,22 @@ def jaxpr(hoisted: AbstractCondition[Any, Any]) -> Jaxpr:
     return cast(_Hoisted, hoisted.fn).jaxpr
 
 
+def _in_dtype_of(struct: object, leaf: Any) -> Any:
+    """`leaf`, as an array if it is to be one: a constant comes as a literal."""
+    given = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    declared = isinstance(struct, jax.ShapeDtypeStruct)
+    return jnp.asarray(leaf, struct.dtype) if declared and not given else leaf
+
+
+def _refuse_no_function(fn: object) -> None:
+    check_no_class("fn", fn)
+    if not callable(fn):
+        raise TypeError(
+            f"`fn` must be a function `fn(y, args)`; got {describe(fn)}. Pass the "
+            "function itself, not what it returns."
+        )
+
+
 def _as_array(leaf: object) -> Array:
     if eqx.is_array_like(leaf):
         return jnp.asarray(leaf)
@@ -162,6 +186,20 @@ def _as_array(leaf: object) -> Array:
         f"The function returned {describe(leaf)} where a number or an array belongs. "
         "Return auxiliary output with `has_aux=True`."
     )
+
+
+def _check_inexact(out: PyTree[ShapeDtypeStruct], y: PyTree[ShapeDtypeStruct]) -> None:
+    ys = jtu.tree_leaves_with_path(y)
+    for (path, leaf), (y_path, y_leaf) in zip(
+        jtu.tree_leaves_with_path(out), ys, strict=True
+    ):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"The residual is {describe(leaf)} at `{leaf_name('out', path)}`, "
+                f"opposite the state leaf `{leaf_name('y0', y_path)}`, which is "
+                f"{describe(y_leaf)}: an integer or a truth value has no derivative in "
+                "the state. Return real or complex numbers."
+            )
 
 
 class Root(AbstractCondition[Y, Args]):
@@ -190,6 +228,7 @@ class Root(AbstractCondition[Y, Args]):
     def check(self, out: PyTree[Any], y: PyTree[Any]) -> None:
         """Refuses a residual whose leaf shapes are not those of `y`."""
         check_same_shapes("The residual", out, y)
+        _check_inexact(out, y)
         check_same_field("The residual", out, y)
 
 

@@ -6,7 +6,9 @@ from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optimistix as optx
 from jax.core import Tracer
 
@@ -27,6 +29,7 @@ from ._state import (
     as_arrays,
     as_state,
     coarse_epsilon,
+    is_traceable,
     max_abs,
     numbers_as_arrays,
     stop_gradient,
@@ -141,12 +144,21 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
             )
         if self.residual_tol is not None and not self.residual_tol >= 0:
             raise ValueError(f"`residual_tol` must be >= 0; got {self.residual_tol}.")
-        if self.max_steps is not None and self.max_steps < 0:
-            raise ValueError(f"`max_steps` must be >= 0; got {self.max_steps}.")
+        if self.max_steps is not None and not _is_count(self.max_steps):
+            raise ValueError(
+                "`max_steps` must be >= 0 and an integer, or `None` for no limit; got "
+                f"{self.max_steps!r}."
+            )
         if self.condition.takes_aux and not _is_bare(self.solver):
             raise ValueError(
                 "A condition with `takes_aux=True` needs a solver that is a callable "
                 f"returning `(y, aux)`; got `{type(self.solver).__name__}`."
+            )
+        if self.condition.takes_aux and not self.has_aux:
+            raise ValueError(
+                "A condition with `takes_aux=True` takes the auxiliary output of the "
+                "solver, of which `has_aux=False` says that there is none. Return "
+                "`(y, aux)` from the solver, and pass `has_aux=True`."
             )
         if self.monitor is not None and not _is_iterative(self.solver):
             raise ValueError(
@@ -247,6 +259,11 @@ def _is_bare(solver: object) -> bool:
     return not _is_iterative(solver) and not isinstance(solver, AbstractHostSolver)
 
 
+def _is_count(number: Any) -> bool:
+    integer = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    return integer and int(number) >= 0
+
+
 def _is_staged() -> bool:
     """Whether an enclosing `jit` or loop records operations instead of running them."""
     return isinstance(jax.lax.full((), 0), Tracer)
@@ -281,12 +298,12 @@ def _diagnosed(solve: Solve, outcome: Outcome) -> Outcome:
     unexplained = (result == RESULTS.successful) | (
         result == RESULTS.nonlinear_max_steps_reached
     )
-    broken = unexplained & ~all_finite(outcome.y)
-    result = where_result(broken, RESULTS.nonfinite, result)
     condition = hoist(solve.condition, outcome.y, solve.args, outcome.aux)
     residual = lambda y: condition.residual(y, solve.args, outcome.aux)
     left = residual(outcome.y)
     norm = max_abs(stop_gradient(left))
+    finite = all_finite(outcome.y) & jnp.isfinite(norm)
+    result = where_result(unexplained & ~finite, RESULTS.nonfinite, result)
     eps = coarse_epsilon(outcome.y)
     if eps is not None:  # of which the solver has seen nothing
         y, left = stop_gradient((outcome.y, left))
@@ -294,7 +311,8 @@ def _diagnosed(solve: Solve, outcome: Outcome) -> Outcome:
         stuck = stuck & is_rounding(residual, y, left, eps)
         result = where_result(stuck, RESULTS.unattainable_tolerance, result)
     stats = {**outcome.stats, "residual_norm": norm}
-    return dataclasses.replace(outcome, result=result, stats=stats)
+    trusted = outcome.trusted & finite
+    return dataclasses.replace(outcome, result=result, trusted=trusted, stats=stats)
 
 
 def _solve(
@@ -321,6 +339,8 @@ def _solve_compiled(
     layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any, diagnose: bool
 ) -> Solution[Any, Any]:
     """The solve, compiled and kept for the next call."""
+    if not all(map(is_traceable, jtu.tree_leaves(y0))):
+        as_state(y0)  # which says what it is
     # One program for all values. An integer in `args` may be a shape or an exponent.
     y0 = numbers_as_arrays(y0, (int, float, complex))
     args = numbers_as_arrays(args, (float, complex))

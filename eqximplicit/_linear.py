@@ -22,7 +22,7 @@ from ._custom_types import LinearSolver, PyTree
 from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
-from ._state import nonzero_and_finite, real_dtype, stop_gradient
+from ._state import all_finite, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers import LeastNorm
 from .linear_solvers._measured import (
     AbstractMeasuredSolver,
@@ -107,16 +107,21 @@ class Doubt(eqx.Module):
     ) -> Bool[Array, ""]:
         """Whether the step is too long, along the cotangent `vector`."""
         moved = inner(x, self.residual)
-        return lax.gt(moved * moved, self._allowed() * inner(vector, vector))
+        return _exceeds(moved * moved, self._allowed() * inner(vector, vector))
 
     def contradicts(self) -> Bool[Array, ""]:
         """Whether Newton's step is too long, by estimate."""
         left = inner(self.residual, self.residual)
-        return lax.gt(left, self._allowed() * inner(self.change, self.change))
+        return _exceeds(left, self._allowed() * inner(self.change, self.change))
 
     def _allowed(self) -> Float[Array, ""]:
         """The square of the longest step."""
         return self.distance**2 * (1 + inner(self.y, self.y))
+
+
+def _exceeds(number: Array, limit: Array) -> Bool[Array, ""]:
+    """Whether it does, or is NaN."""
+    return lax.bitwise_not(lax.le(number, limit))
 
 
 def _solved(
@@ -203,8 +208,9 @@ def _examined(
     mv: Callable[[Any], PyTree[Array]],
 ) -> tuple[LinearRule, Doubt | None]:
     """The rule, trusted no further than the curvature allows, and what is in doubt."""
-    if claim is None:
-        return rule, None
+    if claim is None:  # the value of a callable, which may never have met the condition
+        trusted = lax.bitwise_and(rule.trusted, all_finite(value))
+        return dataclasses.replace(rule, trusted=trusted), None
     if claim.minimum:
         trusted = rule.trusted & ~is_saddle(y, value, mv)
         rule = dataclasses.replace(rule, trusted=trusted)

@@ -1,5 +1,7 @@
 """Which inputs of a function its output depends on, read off its jaxpr."""
 
+import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -60,40 +62,112 @@ def _carries(var: Any) -> bool:
     return jnp.issubdtype(getattr(var.aval, "dtype", bool), jnp.inexact)
 
 
-def _needed(jaxpr: Jaxpr, wanted: set[Any], smooth: bool) -> list[bool]:
-    """Which inputs reach the `wanted` variables; if `smooth`, with a derivative."""
+def _needed(jaxpr: Jaxpr, wanted: set[Any], smooth: bool) -> set[Any]:
+    """All variables that reach the `wanted` ones; if `smooth`, with a derivative."""
     live = set(wanted)
     for eqn in reversed(jaxpr.eqns):
         outs = [out in live for out in eqn.outvars]
         if not any(outs) or (smooth and _blocks(eqn)):
             continue
-        inner = inner_jaxpr(eqn)
-        if inner is None:
-            flags = [True] * len(eqn.invars)
-        else:
-            ends = zip(inner.outvars, outs, strict=True)
-            inner_wanted = {v for v, o in ends if o and not isinstance(v, Literal)}
-            flags = _needed(inner, inner_wanted, smooth)
-        for var, flag in zip(eqn.invars, flags, strict=True):
+        for var, flag in zip(eqn.invars, _inputs(eqn, outs, smooth), strict=True):
             if flag and not isinstance(var, Literal) and (not smooth or _carries(var)):
                 live.add(var)
+    return live
+
+
+def _inputs(eqn: Any, outs: list[bool], smooth: bool) -> list[bool]:
+    """Which inputs of an equation reach those of its outputs that are marked."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _through_scan(params, outs, smooth)
+    if name == "while":
+        return _through_while(params, outs, smooth)
+    if name == "cond":
+        branches = [_through(b.jaxpr, outs, smooth) for b in params["branches"]]
+        return [True, *map(any, zip(*branches, strict=True))]
+    inner = inner_jaxpr(eqn)
+    return [True] * len(eqn.invars) if inner is None else _through(inner, outs, smooth)
+
+
+def _through(jaxpr: Jaxpr, outs: list[bool], smooth: bool) -> list[bool]:
+    ends = zip(jaxpr.outvars, outs, strict=True)
+    wanted = {v for v, out in ends if out and not isinstance(v, Literal)}
+    live = _needed(jaxpr, wanted, smooth)
     return [var in live for var in jaxpr.invars]
+
+
+def _through_scan(params: Any, outs: list[bool], smooth: bool) -> list[bool]:
+    start, num_carry = params["num_consts"], params["num_carry"]
+    body, carry, ys = params["jaxpr"].jaxpr, outs[:num_carry], outs[num_carry:]
+    while True:
+        ins = _through(body, carry + ys, smooth)
+        before, carry = carry, _either(carry, ins[start : start + num_carry])
+        if carry == before:
+            return ins[:start] + carry + ins[start + num_carry :]
+
+
+def _through_while(params: Any, outs: list[bool], smooth: bool) -> list[bool]:
+    num_test, start = params["cond_nconsts"], params["body_nconsts"]
+    # What is asked of the carry decides over all of it, with no derivative.
+    asked = _through(params["cond_jaxpr"].jaxpr, [not smooth], smooth)
+    body, carry = params["body_jaxpr"].jaxpr, _either(outs, asked[num_test:])
+    while True:
+        ins = _through(body, carry, smooth)
+        before, carry = carry, _either(carry, ins[start:])
+        if carry == before:
+            return asked[:num_test] + ins[:start] + carry
+
+
+def _either(a: list[bool], b: list[bool]) -> list[bool]:
+    return [x or y for x, y in zip(a, b, strict=True)]
 
 
 def reach(fn: Callable[[Any], PyTree[Any]], theta: Any) -> Reach:
     """The leaves of `theta` on which `fn(theta)` does not depend, by name.
 
-    Structural: a dependence that is numerically zero counts. Loops and branches count
-    as a whole, so a leaf that enters one enters all that comes out of it.
+    So for arrays that its functions captured. Structural: a dependence that is
+    numerically zero counts, and so does one in a branch that is not taken.
     """
     moving, resting = eqx.partition(theta, eqx.is_inexact_array)
-    jaxpr = jax.make_jaxpr(lambda moving: fn(eqx.combine(moving, resting)))(moving)
-    outs = {v for v in jaxpr.jaxpr.outvars if not isinstance(v, Literal)}
-    entering = _needed(jaxpr.jaxpr, outs, smooth=False)
-    differentiable = _needed(jaxpr.jaxpr, outs, smooth=True)
-    names = [leaf_name("", path) for path, _ in jtu.tree_leaves_with_path(moving)]
-    triples = list(zip(names, entering, differentiable, strict=True))
+    closed = jax.make_jaxpr(lambda moving: fn(eqx.combine(moving, resting)))(moving)
+    outs = {v for v in closed.jaxpr.outvars if not isinstance(v, Literal)}
+    entering, moved = (_needed(closed.jaxpr, outs, smooth) for smooth in (False, True))
+    paths = [leaf_name("", path) for path, _ in jtu.tree_leaves_with_path(moving)]
+    names = [path.lstrip(".") for path in paths]
+    named = list(zip(closed.jaxpr.invars, names, strict=True))
+    captured = {id(array): name for name, array in _captured(jtu.tree_leaves(resting))}
+    for var, const in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+        if id(const) in captured:
+            named.append((var, f"{captured[id(const)]} (captured by fn)"))
     return Reach(
-        [name.lstrip(".") for name, enters, _ in triples if not enters],
-        [name.lstrip(".") for name, enters, moves in triples if enters and not moves],
+        [name for var, name in named if var not in entering],
+        [name for var, name in named if var in entering and var not in moved],
     )
+
+
+def _captured(left: list[Any]) -> Iterator[tuple[str, Any]]:
+    """The inexact arrays that functions, and those they call, read from outside."""
+    left, seen = list(left), dict[int, Any]()
+    while left:
+        value = left.pop()
+        if id(value) in seen or not callable(value):
+            continue
+        seen[id(value)] = value
+        for name, part in _read_from_outside(value).items():
+            for path, leaf in _leaves(part):
+                if eqx.is_inexact_array(leaf):
+                    yield leaf_name(name, path), leaf
+                left.append(leaf)
+
+
+def _leaves(part: Any) -> list[tuple[Any, Any]]:
+    with contextlib.suppress(TypeError, ValueError):  # keys without an order
+        return jtu.tree_leaves_with_path(part)
+    return []
+
+
+def _read_from_outside(fn: Any) -> dict[str, Any]:
+    with contextlib.suppress(TypeError, ValueError):  # no function, or an empty cell
+        found = inspect.getclosurevars(inspect.unwrap(fn))
+        return {**found.globals, **found.nonlocals}
+    return {}

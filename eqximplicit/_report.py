@@ -186,7 +186,7 @@ def _default_cotangent(
     """A random cotangent, without a part along the flat directions of a Hessian."""
     ct = random.standard_normal(point.size)
     if spectrum is not None and spectrum.flats and lx.is_symmetric(point.operator):
-        ct = spectrum.range_basis @ (spectrum.range_basis.T @ ct)
+        ct = spectrum.without_flats(ct)
     return unflat(ct, point.operator.in_structure())
 
 

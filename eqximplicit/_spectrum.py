@@ -1,40 +1,54 @@
 """What a Jacobian is like: its condition, weakest direction, and whether tags hold."""
 
-from typing import Any
-
 import equinox as eqx
 import lineax as lx
 import numpy as np
 
 from ._finding import Finding, number
 from ._point import flat, Point, shares, SMALL, unflat
+from ._subspace import explored, Map, units, Vector
 from .linear_solvers._dense import singular_below
-
-Vector = np.ndarray[Any, np.dtype[Any]]
 
 
 class Spectrum(eqx.Module):
-    """The ends of the spectrum of `∂F/∂y`, from its matrix.
+    """The ends of the spectrum of `∂F/∂y`, from its matrix or from a part of it.
 
     **Attributes:**
 
     - `largest`, `smallest`: its singular values.
     - `null`: the direction that is weakest, flat, of length one.
-    - `flats`: how many singular values are zero to working precision. Unless the
-        matrix is claimed to be symmetric, in which case lengths mean something, both
-        are judged in units in which all rows and columns are alike.
-    - `range_basis`: left singular vectors of those that are not.
+    - `flat_basis`: left singular vectors of the singular values that are zero to
+        working precision. Unless the matrix is claimed to be symmetric, in which case
+        lengths mean something, both are judged in units in which all rows and columns
+        are alike.
     - `lowest`: the lowest eigenvalue of the symmetric part, over `largest`.
     - `highest`: the highest one.
+    - `explored`: the dimension of the subspace that this was measured in. Below the
+        number of unknowns, the true ends are no nearer to each other, and there may be
+        more flat directions.
     """
 
     largest: float
     smallest: float
     null: Vector
-    flats: int
-    range_basis: Vector
+    flat_basis: Vector
     lowest: float
     highest: float
+    explored: int
+
+    @property
+    def flats(self) -> int:
+        """How many singular values are zero to working precision."""
+        return self.flat_basis.shape[1]
+
+    @property
+    def least(self) -> str:
+        """What goes before a figure that is only a bound."""
+        return "at least " if self.explored < self.null.size else ""
+
+    def without_flats(self, vector: Vector) -> Vector:
+        """The part of a vector that is orthogonal to all flat directions."""
+        return vector - self.flat_basis @ (self.flat_basis.T @ vector)
 
     @property
     def condition(self) -> float:
@@ -67,11 +81,57 @@ def spectrum_of(point: Point, matrix: Vector | None) -> Spectrum | None:
         largest=top,
         smallest=0.0 if alike[-1] <= eps * alike[0] else float(s[-1]),
         null=null / np.linalg.norm(null),
-        flats=int(zero.sum()),
-        range_basis=u[:, ~zero],
+        flat_basis=u[:, zero],
         lowest=float(values[0]),
         highest=float(values[-1]),
+        explored=point.size,
     )
+
+
+def estimated(point: Point) -> Spectrum | None:
+    """The spectrum along some hundred directions, for a system of any size.
+
+    Those of a Krylov space, which has the ends of the spectrum first, and of inverse
+    iteration, as long as it is cheap. Each figure is that of a direction at hand: what
+    is found amiss is amiss, and what is not found may be.
+    """
+    symmetric, size = lx.is_symmetric(point.operator), point.size
+    forth, back = _map(point.untagged), _map(point.untagged.transpose())
+    part = explored(forth, None if symmetric else back, size, point.eps)
+    if part is None:
+        return None
+    null, flats = part.weakest, part.flats
+    smallest = float(np.linalg.norm(forth(null)))
+    if not symmetric:
+        rows, columns = units(forth, back, size)
+        alike = explored(
+            lambda v: rows * forth(columns * v),
+            lambda v: columns * back(rows * v),
+            size,
+            point.eps,
+        )
+        if alike is None:
+            return None
+        null, flats = alike.weakest * columns / np.max(columns), alike.flats
+    values = np.linalg.eigvalsh(_symmetric(part.basis.T @ part.image))
+    return Spectrum(
+        largest=part.top,
+        smallest=0.0 if flats.size else smallest,
+        null=null / np.linalg.norm(null),
+        flat_basis=flats,
+        lowest=float(values[0]) / (part.top or 1.0),
+        highest=float(values[-1]) / (part.top or 1.0),
+        explored=part.basis.shape[1],
+    )
+
+
+def _map(operator: lx.AbstractLinearOperator) -> Map:
+    product, struct = eqx.filter_jit(operator.mv), operator.in_structure()
+    return lambda vector: flat(product(unflat(vector, struct)))
+
+
+def _symmetric(matrix: Vector) -> Vector:
+    return (matrix + matrix.T) / 2
 
 
 def _equilibrated(matrix: Vector) -> tuple[Vector, Vector]:
@@ -108,8 +168,8 @@ def conditioning(point: Point, spectrum: Spectrum | None) -> list[Finding]:
             "The Jacobian `∂F/∂y` is ill-conditioned: the derivative may have few "
             "digits.",
             where,
-            f"condition number {number(spectrum.condition)}, relative error up to "
-            f"about {lost}",
+            f"condition number {spectrum.least}{number(spectrum.condition)}, relative "
+            f"error up to about {lost}",
             "Rescale the unknowns and equations, or use float64.",
         )
     ]
@@ -121,8 +181,8 @@ def _singular(spectrum: Spectrum, where: str) -> Finding:
         "The Jacobian `∂F/∂y` is singular at the solution, which is then no "
         "differentiable function of the parameters.",
         where,
-        f"{spectrum.flats} of {spectrum.null.size} singular values are zero to "
-        f"working precision, condition number {number(spectrum.condition)}",
+        f"{spectrum.least}{spectrum.flats} of {spectrum.null.size} singular values are "
+        f"zero to working precision, condition number {number(spectrum.condition)}",
         "Remove redundant equations or a symmetry, look for a multiple root, or pass "
         "`linear_solver=eqi.LeastNorm()` for the minimum-norm derivative; with "
         "`least_squares=True` if the parameters alone may leave no solution.",
@@ -135,7 +195,8 @@ def _flat_directions(spectrum: Spectrum, where: str) -> Finding:
         "The Hessian has flat directions, so the derivative is the minimum-norm one: "
         "it has no part along them.",
         where,
-        f"{spectrum.flats} singular values are zero to working precision",
+        f"{spectrum.least}{spectrum.flats} singular values are zero to working "
+        "precision",
         "Differentiate a loss that does not change along them (its derivative is then "
         "right), or fix the symmetry; any other cotangent has a NaN derivative.",
     )
@@ -173,7 +234,7 @@ def curvature(
 ) -> tuple[float, float]:
     """The lowest and highest `vᵀAv`, relative to `‖v‖ ‖A‖`.
 
-    From the eigenvalues of a small matrix; along one random vector otherwise.
+    From the spectrum, if there is one; along one random vector otherwise.
     """
     if spectrum is not None:
         return spectrum.lowest, spectrum.highest

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree, ShapeDtypeStruct
@@ -49,12 +50,19 @@ _MOVE = (
 )
 
 
+def is_traceable(leaf: object) -> bool:
+    """Whether it is no NumPy array of text, objects or dates, which JAX has not."""
+    numpy = isinstance(leaf, (np.ndarray, np.generic))
+    return not numpy or leaf.dtype.kind not in "OSUMm"
+
+
 def _as_state_leaf(name: str, leaf: Any, remedy: str) -> Array:
     number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
-    if not number and not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+    array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    if not number and not (array and is_traceable(leaf)):
         raise ValueError(
             f"The state holds {describe(leaf)} at `{name}`; every leaf of a state must "
-            f"be a number or an array. {remedy}"
+            f"be a number or an array of numbers. {remedy}"
         )
     array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.inexact):
@@ -183,9 +191,9 @@ def real_dtype(tree: PyTree[_Struct]) -> np.dtype:
 
 
 def coarse_epsilon(tree: PyTree[_Struct]) -> float | None:
-    """The epsilon of leaves in half precision alone, which the real form hides."""
+    """The epsilon of the coarsest leaf, if the real form hides it: `None` if not."""
     eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(tree)]
-    return max(eps) if min(eps) > float(jnp.finfo(real_dtype(tree)).eps) else None
+    return max(eps) if max(eps) > float(jnp.finfo(real_dtype(tree)).eps) else None
 
 
 def to_real(tree: PyTree[Array], dtype: np.dtype) -> PyTree[Float[Array, "..."]]:
@@ -238,7 +246,16 @@ def numbers_as_arrays(tree: T, kinds: tuple[type, ...]) -> T:
 def stop_gradient(tree: T) -> T:
     """`tree` with no derivative through any of its arrays."""
     diff, rest = eqx.partition(tree, eqx.is_inexact_array)
-    return eqx.combine(jax.lax.stop_gradient(diff), rest)
+    return eqx.combine(jtu.tree_map(_stopped, diff), rest)
+
+
+def _stopped(x: Any) -> Any:
+    if isinstance(x, Tracer):
+        return jax.lax.stop_gradient(x)
+    if isinstance(x, jax.Array):
+        return x
+    with jax.ensure_compile_time_eval():  # a value stays one under `jit`
+        return jnp.asarray(x)
 
 
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:

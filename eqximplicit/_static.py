@@ -1,38 +1,64 @@
 """A guard against arrays in static fields, where no derivative can reach them."""
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._state import describe
+from ._captured import CALLABLES, items, parts_of_callable
+from ._state import describe, leaf_name
 
 
-def _is_module(x: object) -> bool:
-    return isinstance(x, eqx.Module)
+def _is_holder(x: object) -> bool:
+    return isinstance(x, (eqx.Module, *CALLABLES))
+
+
+def _holders(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if any(map(_is_holder, jtu.tree_leaves(node, is_leaf=_is_holder))):
+        for path, leaf in jtu.tree_leaves_with_path(node, is_leaf=_is_holder):
+            if _is_holder(leaf):
+                yield leaf_name(name, path), leaf
 
 
 def _static_arrays(node: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if not any(map(_is_module, jtu.tree_leaves(node, is_leaf=_is_module))):
-        return
-    for path, module in jtu.tree_leaves_with_path(node, is_leaf=_is_module):
-        if not isinstance(module, eqx.Module):
+    left, seen = deque(_holders(node, name)), dict[int, object]()
+    while left:  # no recursion: what is held may be deep
+        name, held = left.popleft()
+        if id(held) in seen:
             continue
-        prefix = name + jtu.keystr(path)
-        for field in dataclasses.fields(module):
+        seen[id(held)] = held  # alive, or an `id` could come again
+        if isinstance(held, eqx.Module):
+            yield from _own_static_arrays(held, name)
+            left += _in_live_fields(held, name)
+        elif isinstance(held, CALLABLES):
+            left += parts_of_callable(held, name)
+        elif isinstance(held, (list, tuple, dict)):
+            left += items(held, name)
+
+
+def _in_live_fields(module: eqx.Module, name: str) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(module):
+        if not field.metadata.get("static", False):
             value = getattr(module, field.name, None)
-            if not field.metadata.get("static", False):
-                yield from _static_arrays(value, f"{prefix}.{field.name}")
-                continue
-            for leaf_path, leaf in jtu.tree_leaves_with_path(value):
+            yield from _holders(value, f"{name}.{field.name}")
+
+
+def _own_static_arrays(module: eqx.Module, name: str) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(module):
+        if field.metadata.get("static", False):
+            value = getattr(module, field.name, None)
+            for path, leaf in jtu.tree_leaves_with_path(value):
                 if eqx.is_array(leaf) or hasattr(leaf, "__array__"):
-                    yield f"{prefix}.{field.name}{jtu.keystr(leaf_path)}", leaf
+                    yield leaf_name(f"{name}.{field.name}", path), leaf
 
 
 def refuse_static_arrays(node: Any, name: str) -> None:
     """Refuses a pytree in which a static field of a module holds an array.
+
+    Modules are looked for in what a function captured, too.
 
     **Raises:** `ValueError` naming the field, its shape and dtype.
     """

@@ -20,24 +20,32 @@ def vector_at(name: str, given: PyTree[Any], root: str, tree: PyTree[Any]) -> An
     """
     vectors = eqx.filter(tree, eqx.is_inexact_array)
     is_none = lambda x: x is None
-    leaves, structure = jtu.tree_flatten(vectors, is_leaf=is_none)
+    leaves = jtu.tree_leaves(vectors, is_leaf=is_none)
+    structure = jtu.tree_structure(vectors, is_leaf=is_none)
     if jtu.tree_structure(given, is_leaf=is_none) != structure:
         raise ValueError(
             f"The {name} has the structure {jtu.tree_structure(given)}, {root} has "
             f"{jtu.tree_structure(tree)}. Pass one entry for each array, of its shape."
         )
 
-    def entry(given: Any, x: Array | None) -> Any:
-        if x is None:
-            return given
-        return jnp.zeros_like(x) if given is None else fitting(name, given, x, x.shape)
+    def entry(path: tuple[Any, ...], given: Any, x: Array | None) -> Any:
+        if x is None or given is None:
+            return given if x is None else jnp.zeros_like(x)
+        return fitting(name, given, x, x.shape, path=path)
 
-    entries = map(entry, jtu.tree_leaves(given, is_leaf=is_none), leaves)
-    return jtu.tree_unflatten(structure, list(entries))
+    pairs = jtu.tree_leaves_with_path(given, is_leaf=is_none)
+    entries = [entry(*pair, x) for pair, x in zip(pairs, leaves, strict=True)]
+    return jtu.tree_unflatten(structure, entries)
 
 
-def fitting(name: str, given: Any, x: Array, *shapes: tuple[int, ...]) -> Array:
-    """`given`, a leaf of what is called `name`, in the dtype of `x`.
+def fitting(
+    name: str,
+    given: Any,
+    x: Array,
+    *shapes: tuple[int, ...],
+    path: tuple[Any, ...] = (),
+) -> Array:
+    """`given`, the leaf at `path` of what is called `name`, in the dtype of `x`.
 
     **Raises:** `ValueError` if it is no number, complex beside a real `x`, or of none
     of the `shapes`.
@@ -48,7 +56,8 @@ def fitting(name: str, given: Any, x: Array, *shapes: tuple[int, ...]) -> Array:
             return jnp.asarray(given, x.dtype)
     wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
     kind = "numbers" if jnp.iscomplexobj(x) else "real numbers"
+    leaf = f"The leaf `{jtu.keystr(path)}`" if path else "A leaf"
     raise ValueError(
-        f"A leaf of the {name} is {describe(given)}, opposite {describe(x)}. Pass "
+        f"{leaf} of the {name} is {describe(given)}, opposite {describe(x)}. Pass "
         f"{kind} of shape {wanted}."
     )

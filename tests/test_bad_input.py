@@ -1,5 +1,6 @@
 """Input that cannot be right is refused while tracing, by name, shape and dtype."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -61,6 +62,18 @@ WRONG_RESIDUALS = {
     "text": (
         lambda y, _: {"bond": "stretched", "angle": y["angle"]},
         "str 'stretched'",
+    ),
+    "integers": (
+        lambda y, _: {"bond": jnp.array([1, 2]), "angle": y["angle"]},
+        r"int64\[2\] at `out\['bond'\]`, opposite .* `y0\['bond'\]`.*float64\[2\]",
+    ),
+    "number": (
+        lambda y, _: {"bond": y["bond"], "angle": 0},
+        r"int64\[\] at `out\['angle'\]`, opposite .* `y0\['angle'\]`.*float64\[\]",
+    ),
+    "truth values": (
+        lambda y, _: {"bond": y["bond"] > 0, "angle": y["angle"]},
+        r"bool\[2\] at `out\['bond'\]`.*float64\[2\].*Return real or complex numbers",
     ),
 }
 
@@ -134,13 +147,20 @@ def test_empty_state_is_refused(y0):
         (jnp.array([True, False]), r"bool\[2\] at `y0\['bond'\]\[1\]`"),
         (jnp.tanh, r"at `y0\['bond'\]\[1\]`"),
         (jax.random.key(0), r"key<fry>\[\] at `y0\['bond'\]\[1\]`"),
+        (np.array(["a"]), r"str32\[1\] at `y0\['bond'\]\[1\]`.* array of numbers"),
+        (np.array([None, 1.0]), r"object\[2\] at `y0\['bond'\]\[1\]`"),
     ],
-    ids=["text", "bool", "boolean array", "function", "random key"],
+    ids=[
+        *("text", "bool", "boolean array", "function", "random key", "array of text"),
+        "array of objects",
+    ],
 )
 def test_leaf_of_the_state_that_is_no_number_is_refused_by_name(leaf, message):
     layer = eqi.ImplicitFunction(eqi.Root(lambda y, _: y), NEWTON)
     with pytest.raises(ValueError, match=message):
         layer({"bond": (1.0, leaf)})
+    with pytest.raises(ValueError, match=message):
+        eqi.implicit_solution(layer.condition, {"bond": (1.0, leaf)})
 
 
 def test_integer_guess_is_promoted_as_optimistix_does():
@@ -228,6 +248,40 @@ def test_static_field_of_the_function_that_holds_an_array_is_refused():
         eqi.ImplicitFunction(eqi.Root(static()))
 
 
+@pytest.mark.parametrize(
+    ("hide", "name"),
+    [
+        (lambda module: module.__call__, r"condition\.fn\.__self__\.matrix"),
+        (lambda module: functools.partial(module), r"condition\.fn\.func\.matrix"),
+        (
+            lambda module: functools.partial(lambda module, y, a: y, module),
+            r"condition\.fn\.args\[0\]\.matrix",
+        ),
+        (lambda module: lambda y, args: module(y, args), r"module\.matrix"),
+        (lambda module: [lambda y, args: y, module.__call__], None),
+        (
+            lambda module: lambda y, args: (lambda: module(y, args))(),
+            r"module\.matrix",
+        ),
+    ],
+    ids=["method", "partial", "argument", "closure", "list", "nested function"],
+)
+def test_static_field_is_found_in_what_a_function_captured(hide, name):
+    fn = hide(static())
+    if name is None:
+        fns, name = fn, r"fns\[1\]\.__self__\.matrix"
+        fn = lambda y, args: fns[1](y, args)
+    with pytest.raises(ValueError, match=rf"`{name}`.*float64\[2, 2\]"):
+        eqi.ImplicitFunction(eqi.Root(fn))
+
+
+def test_function_that_captured_itself_is_no_static_array():
+    def fn(y, args):
+        return y if args is None else fn(y, None)
+
+    eqi.ImplicitFunction(eqi.Root(fn))
+
+
 def test_nested_static_field_that_holds_an_array_is_refused():
     with pytest.raises(ValueError, match=r"`condition\.fn\.layers\[0\]\.matrix`"):
         eqi.ImplicitFunction(eqi.Root(Nested([static()])))
@@ -306,6 +360,20 @@ def test_residual_tolerance_that_nothing_meets_is_refused(residual_tol):
         eqi.ImplicitFunction(eqi.Root(lambda y, _: y), residual_tol=residual_tol)
 
 
+@pytest.mark.parametrize("of", ["tangent", "cotangent"])
+def test_vector_of_another_shape_is_refused_by_the_name_of_its_leaf(of):
+    fn = lambda y, a: {"bond": y["bond"] - a["load"][0]}
+    y, a = {"bond": jnp.zeros(2)}, {"load": [jnp.zeros(2)]}
+    if of == "tangent":
+        call = lambda: eqi.root_jvp(fn, y, a, {"load": [jnp.zeros(3)]})
+        message = r"The leaf `\['load'\]\[0\]` of the tangent `t_args` is float64\[3\]"
+    else:
+        call = lambda: eqi.root_vjp(fn, y, a, {"bond": jnp.zeros(3)})
+        message = r"The leaf `\['bond'\]` of the cotangent `ct_y` is float64\[3\]"
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_negative_number_of_steps_is_refused():
     with pytest.raises(ValueError, match="`max_steps` must be >= 0"):
         eqi.ImplicitFunction(eqi.Root(lambda y, _: y), max_steps=-1)
@@ -326,10 +394,14 @@ for make in (
     lambda: eqi.ImplicitAdjoint(eqi.DirectLU),
     lambda: eqi.ImplicitAdjoint(optx.Newton(1e-8, 1e-8)),
     lambda: layer(optx.Newton),
+    lambda: layer(max_steps=2.5),
+    lambda: layer(max_steps=True),
+    lambda: eqi.Root(3),
+    lambda: eqi.Minimum(optx.Newton),
 ):
     try:
         make()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         print(error)
 """
 
@@ -346,6 +418,10 @@ def test_object_of_another_kind_is_refused_when_the_layer_is_made():
         r"`linear_solver` is the class `DirectLU`. Pass an instance, `DirectLU\(...\)`",
         r"`linear_solver` must be a lineax solver.* type `optimistix.Newton`",
         r"`solver` is the class `Newton`. Pass an instance, `Newton\(...\)`",
+        r"`max_steps` must be >= 0 and an integer, or `None` .* got 2.5",
+        r"`max_steps` must be >= 0 and an integer, or `None` .* got True",
+        r"`fn` must be a function `fn\(y, args\)`; got int 3. Pass the function itself",
+        r"`fn` is the class `Newton`. Pass an instance",
     )
     for message, pattern in zip(run.stdout.splitlines(), expected, strict=True):
         assert re.search(pattern, message), message

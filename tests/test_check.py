@@ -12,6 +12,7 @@ import optimistix as optx
 import pytest
 
 import eqximplicit as eqi
+from eqximplicit._reach import reach
 
 A = np.array([[2.0, 1.0], [0.3, 3.0]])
 NEWTON = optx.Newton(rtol=1e-10, atol=1e-10)
@@ -196,6 +197,67 @@ def test_unused_and_detached_parameters_are_named_by_path():
     assert not report.ok
 
 
+@pytest.mark.parametrize("solver", [NEWTON, lambda y0, a: 2.0 * a])
+def test_detached_array_of_a_closure_is_named_by_its_variable(solver):
+    weight, used, mask = jnp.array(2.0), jnp.array([1.0]), jnp.array([1])
+
+    def scaled(a):
+        return jax.lax.stop_gradient(weight) * (used * mask.astype(float)).sum() * a
+
+    report = checked(eqi.Root(lambda y, a: y - scaled(a)), solver, jnp.array(1.0), 1.5)
+    names = where(report, "detached from a parameter")
+    assert names == ["`weight (captured by fn)`"]
+    assert where(report, "does not depend on a parameter") == []
+    assert not report.ok
+
+
+def looped(y, args):
+    def body(carry, x):
+        used, late, dead = carry
+        return (used + late + x, args["b"] * y, dead * args["c"]), dead
+
+    start = (args["a"], jnp.zeros_like(y), args["d"])
+    return jax.lax.scan(body, start, jnp.ones(3))[0][0]
+
+
+def looped_while(y, args):
+    def body(carry):
+        i, used, late, dead = carry
+        return i + 1, used + late, args["b"] * y, dead * args["c"]
+
+    start = (0, args["a"], jnp.zeros_like(y), args["d"])
+    return jax.lax.while_loop(lambda carry: carry[0] < 3, body, start)[1]
+
+
+def branched(y, args):
+    yes = lambda a, b, c: (a + b * y, c)
+    no = lambda a, b, c: (a, c * args["d"])
+    return jax.lax.cond(args["t"] < 5, yes, no, *(args[k] for k in "abc"))[0]
+
+
+@pytest.mark.parametrize("fn", [looped, looped_while, branched])
+def test_parameter_of_a_dead_carry_or_branch_output_is_unused(fn):
+    args = {name: jnp.array(1.0) for name in "abcdt"}
+    found = reach(lambda args: fn(jnp.array(0.5), args), args)
+    tested = fn is branched
+    assert found.unused == (["['c']", "['d']"] if tested else [*map(entry, "cdt")])
+    assert found.detached == (["['t']"] if tested else [])
+
+
+def entry(name):
+    return f"['{name}']"
+
+
+def test_test_of_a_loop_is_a_use_without_a_derivative():
+    def fn(args):
+        body = lambda carry: (carry[0] + args["step"], 0.5 * carry[1])
+        loop = jax.lax.while_loop(lambda c: c[0] < args["end"], body, (0.0, args["a"]))
+        return loop[1]
+
+    found = reach(fn, {name: jnp.array(1.0) for name in ("a", "end", "step")})
+    assert found == ([], ["['end']", "['step']"])
+
+
 def test_parameter_inside_a_jitted_function_is_followed():
     @jax.jit
     def pair(a, b):
@@ -359,6 +421,7 @@ def test_static_array_of_an_argument_is_an_error_and_nothing_is_solved():
     report = checked(eqi.Root(lambda y, a: y), lambda y0, a: y0, TWO, hidden)
     (found,) = report.findings
     assert "`args.table` holds an array" in found.what
+    assert (found.where, found.how_bad) == ("`args.table`", "float64[2, 2]")
     assert report.residual is None
     assert "not measured" in str(report)
 
@@ -407,3 +470,76 @@ def test_solution_that_is_zero_is_a_solution(name):
     assert report.ok, report
     assert report.tolerance is not None
     assert report.tolerance <= 1e-7
+
+
+MANY = 600
+TARGETS = jnp.linspace(1.0, 2.0, MANY)
+
+
+def diagonal(special, condition=eqi.Root, tags=frozenset(), count=1):
+    """A system of many unknowns, some entries of its diagonal apart."""
+    entries = np.linspace(1.0, 2.0, MANY)
+    entries[7 : 7 + count] = special
+    scale = jnp.asarray(entries)
+    if condition is eqi.Minimum:
+        fn = lambda y, a: jnp.sum(scale * (y - a) ** 2)
+    else:
+        fn = lambda y, a: scale * (y - a)
+    return checked(condition(fn, tags), lambda y0, a: a, 2 * TARGETS, TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("words", "report"),
+    [
+        ("no minimum", lambda: diagonal(-1.0, eqi.Minimum)),
+        pytest.param(
+            "`lx.positive_semidefinite_tag` is false",
+            lambda: diagonal(-1.0, tags=lx.positive_semidefinite_tag),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("is singular", lambda: diagonal(0.0), marks=pytest.mark.slow),
+    ],
+)
+def test_error_in_a_system_too_large_for_a_matrix_is_found(words, report):
+    assert severities(report(), words) == ["error"]
+
+
+def test_ill_conditioned_large_system_has_a_bound_and_a_direction():
+    report = diagonal(1e-9)
+    (found,) = [f for f in report.findings if "ill-conditioned" in f.what]
+    assert "at least" in found.how_bad
+    np.testing.assert_allclose(report.condition, 2e9, rtol=1e-3)
+
+
+def test_flat_directions_of_a_large_minimum_are_all_found():
+    report = diagonal(0.0, eqi.Minimum, count=3)
+    (found,) = [f for f in report.findings if "flat directions" in f.what]
+    assert found.how_bad.startswith("at least 3 ")
+    assert severities(report, "differ") == []
+
+
+@pytest.mark.slow
+def test_healthy_large_system_is_ok_and_says_how_far_it_was_examined():
+    report = diagonal(1.5)
+    assert report.ok, str(report)
+    np.testing.assert_allclose(report.condition, 2.0, rtol=1e-2)
+    assert severities(report, "along some directions only") == ["note"]
+
+
+def test_large_system_in_different_units_is_not_singular():
+    scale = jnp.where(jnp.arange(MANY) < 300, 1e8, 1e-6)
+    fn = lambda y, a: scale * (y - a + 0.3 * jnp.roll(y, 1))
+    solve = lambda y0, a: jnp.linalg.solve(
+        jnp.eye(MANY) + 0.3 * jnp.roll(jnp.eye(MANY), 1, axis=0), a
+    )
+    report = checked(eqi.Root(fn), solve, TARGETS, TARGETS)
+    assert severities(report, "singular") == []
+
+
+@pytest.mark.slow
+def test_dependent_column_among_many_is_singular():
+    matrix = np.random.default_rng(0).standard_normal((MANY, MANY))
+    matrix[:, 0] = matrix[:, 1:5].sum(axis=1)
+    fn = lambda y, a: jnp.asarray(matrix) @ (y - a)
+    report = checked(eqi.Root(fn), lambda y0, a: a, TARGETS, TARGETS)
+    assert severities(report, "singular") == ["error"]

@@ -125,6 +125,62 @@ def test_map_that_hardly_moves_gives_nan():
         assert np.isnan(slope)
 
 
+def in_small_units(unit):
+    return eqi.Minimum(lambda y, a: unit * quartic(y, a))
+
+
+def hardly_moved(y, a):
+    return y - 1e-12 * (y**3 - a)
+
+
+@pytest.mark.parametrize(
+    ("small", "plain", "solver"),
+    [
+        (in_small_units(1e-9), in_small_units(1.0), eqi.FIRE(**TIGHT)),
+        (in_small_units(1e-6), in_small_units(1.0), eqi.ScipyMinimize()),
+        (
+            eqi.FixedPoint(hardly_moved),
+            eqi.FixedPoint(lambda y, a: y - 0.05 * (y**3 - a)),
+            eqi.ScipyFixedPoint(),
+        ),
+    ],
+    ids=["FIRE", "ScipyMinimize", "ScipyFixedPoint"],
+)
+def test_function_too_small_to_tell_from_convergence_gives_nan(small, plain, solver):
+    y0 = jnp.ones(3)
+    for slope in gradients(layer(small, solver), y0, 8.0):
+        assert np.isnan(slope)
+    for slope in gradients(layer(plain, solver), y0, 8.0):
+        np.testing.assert_allclose(slope, 3 / 12, rtol=1e-4)
+
+
+def slow_map(y, a):
+    return 0.99 * y + 0.01 * a + 0.001 * jnp.sin(y)
+
+
+def test_loose_tolerance_leaves_a_digit_to_be_right():
+    y0, a = jnp.array([1.0, 0.3]), 3.0
+    stops_early = optx.FixedPointIteration(0.1, 0.1)
+    for slope in gradients(layer(eqi.FixedPoint(slow_map), stops_early), y0, a):
+        assert np.isnan(slope)
+    patient = optx.FixedPointIteration(1e-6, 1e-6)
+    for slope in gradients(layer(eqi.FixedPoint(slow_map), patient), y0, a):
+        np.testing.assert_allclose(slope, 2 / (1 - 0.1 * np.cos(a)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
+def test_callable_whose_value_is_outside_the_domain_has_failed(jacobian):
+    """Its residual is NaN, though the slope of the residual need not be."""
+    mirrored = lambda y0, a: -y0
+    for fn in (lambda y, a: a * jnp.sqrt(y) - 1, lambda y, a: jnp.log(y) - a):
+        solve = layer(eqi.Root(fn), mirrored)
+        solution = solve.solve(jnp.array(1.0), 2.0)
+        assert bool(solution.result == eqi.RESULTS.nonfinite)
+        np.testing.assert_array_equal(solution.value_or(jnp.array(0.5)), 0.5)
+        for call in (solve, lambda *args, solve=solve: solve.solve(*args).value):
+            assert np.isnan(jacobian(lambda a, call=call: call(jnp.array(1.0), a))(2.0))
+
+
 def test_only_the_lane_that_is_wrong_is_nan():
     solve = layer(eqi.Minimum(quartic), descent(1e-9))
     guesses = jnp.array([1.0, 2.0])  # the second is the minimum

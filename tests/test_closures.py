@@ -227,6 +227,66 @@ def test_error_names_the_tracer_that_an_untraceable_solver_captured():
         jax.vmap(solved)(jnp.array([1.0, 2.0]))
 
 
+LOAD = {"now": None}
+
+
+class Slotted:
+    __slots__ = ("stiffness", "unset")
+
+    def __init__(self, stiffness):
+        self.stiffness = stiffness
+
+
+def solver_that_reads_a_global(stiffness):
+    LOAD["now"] = [stiffness]
+
+    def value():
+        return float(LOAD["now"][0])
+
+    return lambda y0, _: jnp.array(cubic_root(value()))
+
+
+def solver_that_reads_a_slot(stiffness):
+    held = Slotted(stiffness)
+    return lambda y0, _: jnp.array(cubic_root(float(held.stiffness)))
+
+
+HIDDEN = {
+    "global": (solver_that_reads_a_global, r"LOAD\['now'\]\[0\]"),
+    "slot": (solver_that_reads_a_slot, "held.stiffness"),
+}
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad], ids=["jit", "grad"])
+@pytest.mark.parametrize("case", HIDDEN)
+def test_error_names_a_tracer_in_a_global_or_a_slot(case, transform):
+    make, name = HIDDEN[case]
+
+    def solved(stiffness):
+        condition = eqi.Root(lambda y, _: y**3 + y - stiffness)
+        return eqi.ImplicitFunction(condition, make(stiffness))(jnp.array(0.5))
+
+    with pytest.raises(ValueError, match=rf"`{name} \(captured.*`, float64\[\]"):
+        transform(solved)(jnp.array(2.0))
+    LOAD["now"] = None
+
+
+def test_looking_for_tracers_takes_each_object_once():
+    held = lambda: None
+    for _ in range(60):  # two ways to each, so 2⁶⁰ paths
+        held = lambda a=held, b=held: None
+
+    def solved(stiffness):
+        def solver(y0, _, held=held):
+            return jnp.array(cubic_root(float(stiffness)))
+
+        condition = eqi.Root(lambda y, _: y**3 + y - stiffness)
+        return eqi.ImplicitFunction(condition, solver)(jnp.array(0.5))
+
+    with pytest.raises(ValueError, match="`stiffness"):
+        jax.jit(solved)(jnp.array(2.0))
+
+
 def test_error_names_the_traced_argument_of_an_untraceable_solver():
     def solver(y0, args):
         return jnp.array(cubic_root(float(args["load"][0])))

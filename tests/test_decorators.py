@@ -198,6 +198,12 @@ def test_error_under_jit_names_the_argument_as_the_caller_does(call, name):
         jax.jit(lambda a: call(cube_root, a))(8.0)
 
 
+def test_auxiliary_output_that_nobody_returns_is_refused():
+    decorator = eqi.custom_root(lambda y, aux, a: y - a, takes_aux=True)
+    with pytest.raises(ValueError, match=r"Return `\(y, aux\)` from the solver"):
+        decorator(lambda y0, a: a)
+
+
 class WithStaticArray(eqx.Module):
     array: np.ndarray = eqx.field(static=True)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
@@ -31,9 +32,9 @@ def misfit(y, a):
     return jnp.sinh(y) - a, 0.3 * y
 
 
-def layer(condition, solver=None):
+def layer(condition, solver=None, adjoint=None):
     # What raises calls the host, which JAX cannot export.
-    return eqi.ImplicitFunction(condition, solver, throw=False)
+    return eqi.ImplicitFunction(condition, solver, adjoint, throw=False)
 
 
 LAYERS = {
@@ -106,3 +107,10 @@ def test_exported_gradient_is_that_of_the_closed_form():
     np.testing.assert_allclose(value, np.arcsinh(x), rtol=1e-6, atol=1e-7)
     slope = np.cos(np.arcsinh(x)) / np.sqrt(1 + x**2)
     np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", [eqi.DirectSymmetric(), lx.LU()], ids=repr)
+def test_matrix_of_a_size_that_is_not_known_is_factorised(solver):
+    adjoint = eqi.ImplicitAdjoint(solver)
+    solve = layer(eqi.Minimum(energy), lambda y0, a: jnp.arcsinh(a), adjoint)
+    assert_same_at_two_sizes(lambda x: solve(jnp.zeros_like(x), x), columns=1)

@@ -812,3 +812,37 @@ def test_auxiliary_output_may_hold_anything(name):
     aux = solve(jnp.array(3.0))
     np.testing.assert_allclose(aux["twice"], 6.0, rtol=1e-6)
     assert (aux["name"], aux["number"], aux["none"]) == ("pair", 1.5, None)
+
+
+@pytest.mark.parametrize(
+    "solver", [None, optx.Newton(1e-12, 1e-12), eqi.ScipyRoot()], ids=str
+)
+@pytest.mark.parametrize("jit", [lambda fn: fn, eqx.filter_jit], ids=["eager", "jit"])
+def test_auxiliary_output_may_be_a_constant(solver, jit):
+    def fn(y, a):
+        return y**3 - a, {"count": jnp.array(3), "scale": jnp.float32(0.5), "n": 4}
+
+    find = jit(lambda a: eqi.root_find(fn, 1.0, a, solver=solver, has_aux=True).aux)
+    aux = find(8.0)
+    assert isinstance(aux["count"], jax.Array)
+    assert (aux["count"], aux["count"].dtype) == (3, jnp.int64)
+    assert (aux["scale"], aux["scale"].dtype) == (0.5, jnp.float32)
+    assert aux["n"] == 4
+    assert type(aux["n"]) is int
+
+
+def test_solver_under_jit_sees_the_values_of_what_is_not_traced():
+    def solver(y0, a):
+        assert isinstance(a, jax.Array)
+        return jnp.array(np.asarray(a) ** (1 / 3))
+
+    layer = eqi.ImplicitFunction(eqi.Root(lambda y, a: y**3 - a), solver)
+    run = jax.jit(lambda c: c * layer(np.ones(1), np.array([8.0]))[0])
+    np.testing.assert_allclose(run(3.0), 6.0)
+    np.testing.assert_allclose(jax.grad(run)(3.0), 2.0)
+
+
+def test_condition_that_takes_aux_needs_a_solver_that_has_it():
+    condition = eqi.Root(lambda y, a, aux: y - a, takes_aux=True)
+    with pytest.raises(ValueError, match=r"`has_aux=False` .* pass `has_aux=True`"):
+        eqi.ImplicitFunction(condition, lambda y0, a: a)

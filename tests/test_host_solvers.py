@@ -318,6 +318,29 @@ def test_derivative_needs_an_implicit_function():
         np.testing.assert_allclose(grad(jnp.array([4.0, 9.0])), [2, 3])
 
 
+def shifted_by(shift):
+    condition = eqi.Root(lambda y, a: y - a - shift)
+    solver = eqi.HostSolver(lambda y0, a: np.asarray(a) + shift)
+    return eqi.ImplicitFunction(condition, solver)(1.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.vmap, lambda f: jax.jit(jax.grad(f))]
+)
+def test_a_captured_tracer_is_refused_by_name_while_tracing(transform):
+    with pytest.raises(
+        ValueError, match=r"`shift \(captured by the solver\)`, float64\["
+    ):
+        jax.eval_shape(
+            transform(shifted_by), jnp.ones(1) if transform is jax.vmap else 1.0
+        )
+
+
+def test_a_captured_array_is_concrete_without_jit():
+    assert shifted_by(jnp.array(2.0)) == 10.0
+    assert jax.grad(shifted_by)(2.0) == 1.0
+
+
 def failing(y0, args):
     raise FloatingPointError("the mesh is\n tangled")
 

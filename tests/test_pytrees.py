@@ -295,6 +295,32 @@ def mixed_residual(y, b):
     }
 
 
+MIXED = {
+    "root": eqi.Root(mixed_residual),
+    "least squares": eqi.LeastSquares(mixed_residual),
+    "fixed point": eqi.FixedPoint(
+        lambda y, b: jax.tree.map(lambda y, f: y - f / 4, y, mixed_residual(y, b))
+    ),
+    "minimum": eqi.Minimum(
+        lambda y, b: sum(r**2 for r in map(jnp.float32, mixed_residual(y, b).values()))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_default_solvers_of_float32_beside_float64(name):
+    y0 = {"single": jnp.array(0.5, jnp.float32), "double": jnp.array(0.5)}
+    layer = eqi.ImplicitFunction(MIXED[name])
+    solve = lambda b: layer(y0, b)
+    y, slope = jax.jit(lambda b: (solve(b), jax.jacfwd(solve)(b)))(jnp.array(1.3))
+    s, d = float(y["single"]), float(y["double"])
+    residual = mixed_residual(y, jnp.array(1.3))
+    assert_close([residual["single"], residual["double"]], [0.0, 0.0], tol=SINGLE)
+    by_y = np.array([[3 * s**2 + 1, 0.5], [-1.3, 3 * d**2 + 2]])
+    expected = np.linalg.solve(by_y, [1.0, s])
+    assert_close([slope["single"], slope["double"]], list(expected), tol=10 * SINGLE)
+
+
 @pytest.mark.parametrize("how", ["newton", "attached"])
 def test_float32_beside_float64_keeps_its_dtypes_and_its_derivative(how):
     y0 = {"single": jnp.array(0.5, jnp.float32), "double": jnp.array(0.5)}

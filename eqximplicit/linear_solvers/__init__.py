@@ -1,3 +1,8 @@
+"""How a derivative's linear system is solved: `ImplicitAdjoint(linear_solver=...)`.
+
+`AutoLinearSolver` is the default; any lineax solver can stand in its place.
+"""
+
 from .auto import AutoLinearSolver as AutoLinearSolver, Selection as Selection
 from .checked import Checked as Checked
 from .direct_lu import DirectLU as DirectLU

@@ -1,6 +1,7 @@
 """What the direct solvers share: limits of accuracy, and the matrix of an operator."""
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from .._reach import inner_jaxprs
+from .._state import known
 from ._residual import check_bytes, norm
 from ._small import as_matrix
 
@@ -60,13 +62,13 @@ def uncertainty(
     return jnp.minimum(error * norm(x), eps**0.25 * norm(b))
 
 
-def zero_below(n: int, eps: float) -> float:
+def zero_below(n: int | Array, eps: float) -> float | Array:
     """The size, relative to the largest, of what rounding leaves of an eigenvalue."""
     # On flat minima of 2 to 1000 unknowns in both precisions at most 0.6 n eps.
     return NOISE * n * eps
 
 
-def null_below(n: int, eps: float) -> float:
+def null_below(n: int | Array, eps: float) -> float | Array:
     """`zero_below`, where a small eigenvalue may belong to a regular matrix."""
     return NULL * n**0.5 * eps
 
@@ -112,8 +114,13 @@ def materialised(
 
 
 def check_fits(operator: lx.AbstractLinearOperator, max_bytes: int, who: str) -> None:
-    """Refuses to materialise a matrix of more than `max_bytes`."""
+    """Refuses to materialise a matrix of more than `max_bytes`, if its size is known.
+
+    A program that is exported for all sizes is not refused: see `known`.
+    """
     rows, cols = operator.out_size(), operator.in_size()
+    if max(map(known, (rows, cols))) == sys.maxsize:
+        return
     itemsize = jnp.dtype(jax.tree_util.tree_leaves(operator.in_structure())[0].dtype)
     check_bytes(rows, cols, itemsize.itemsize, max_bytes, who)
 
@@ -125,6 +132,6 @@ def row_sums(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array,
 
 
 def matvec(matrix: Float[Array, "n n"], x: Float[Array, " n"]) -> Float[Array, " n"]:
-    if matrix.shape[0] <= FEW:  # elementwise, so that a batch of them is one loop
+    if known(matrix.shape[0]) <= FEW:  # elementwise: a batch of them is one loop
         return row_sums(matrix, x)
     return jnp.matmul(matrix, x, precision=lax.Precision.HIGHEST)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from .._state import known
 from ._dense import FEW, matvec, singular_below
 from ._permutation import permuted
 from ._residual import epsilon
@@ -52,7 +53,7 @@ def eliminated(
     matrix: Float[Array, "n n"],
 ) -> tuple[Carried | Exchanged, Bool[Array, " n"]]:
     """The factors of a matrix, and which of its pivots are not lost to cancellation."""
-    if matrix.shape[0] <= FEW:
+    if known(matrix.shape[0]) <= FEW:
         return _with_steps(matrix)
     lu, pivots, _ = lax.linalg.lu(matrix)
     return Exchanged(lu, pivots), _has_pivots(lu)

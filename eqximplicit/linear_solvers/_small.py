@@ -7,6 +7,7 @@ but arithmetic: XLA makes a few loops of it.
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._state import known
 from ._closed_form import inverse, Rows, Scalars, square, times, transposed
 from ._columns import columns_of
 
@@ -128,7 +130,7 @@ def as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
         return operator.as_matrix()
     flat, unravel = ravel_pytree(jtu.tree_map(_zeros, struct))
     column = lambda unit: ravel_pytree(operator.mv(unravel(unit)))[0]
-    if placed:
+    if placed or known(flat.size) == sys.maxsize:  # a column is read off a known size
         return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
     return columns_of(column, flat).T
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._reduce import anywhere, largest
+from .._state import known
 from ._dense import (
     check_fits,
     materialised,
@@ -114,7 +115,7 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
     ) -> LUState | SmallState:
         """Returns the factors of the matrix of `operator`, computed once."""
         del options
-        if operator.in_size() <= LARGEST:
+        if known(operator.in_size()) <= LARGEST:
             check_fits(operator, self.max_bytes, "DirectLU")
             limit = singular_below(epsilon(structure(operator)))
             return small_state(operator, limit)

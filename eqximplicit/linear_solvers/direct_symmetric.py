@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._lanes import any_lane
+from .._state import known
 from ._closed_form import inverse
 from ._dense import (
     consistency_limit,
@@ -33,6 +34,7 @@ from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import dot, epsilon, norm, structure
 from ._small import dense, LARGEST
 
+_Cut = float | Array  # an array where it goes with a size that is symbolic
 # The largest relative change of an inverse by rounding, by estimate.
 _LARGEST_CHANGE = 0.25
 
@@ -83,7 +85,7 @@ def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n
 
 
 def _spectral(
-    matrix: Float[Array, "n n"], rcond: float, zero: float, null: float
+    matrix: Float[Array, "n n"], rcond: float, zero: _Cut, null: _Cut
 ) -> _Spectral:
     # What is indefinite is no minimum nearly reached, with directions nearly flat.
     values, vectors = jnp.linalg.eigh(matrix)
@@ -178,11 +180,11 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
             coarse,
         )
 
-    def _cuts(self, matrix: Float[Array, "n n"]) -> tuple[float, float, float]:
+    def _cuts(self, matrix: Float[Array, "n n"]) -> tuple[float, _Cut, _Cut]:
         """Below which parts of the largest eigenvalue others are left out, and zero."""
         if self.rcond is not None:
             return self.rcond, self.rcond, self.rcond
-        n, eps = len(matrix), epsilon(matrix)
+        n, eps = _rows(matrix), epsilon(matrix)
         return singular_below(eps), zero_below(n, eps), null_below(n, eps)
 
     def answer(
@@ -234,7 +236,7 @@ def _limits(
     whole, soft = state.whole, state.soft
     # A small eigenvalue of an indefinite matrix need not be zero: what is left out
     # there must be rounding of the right-hand side, too, or of a product with `x`.
-    limit = jnp.where(state.strict, null_below(len(b), eps), consistency_limit(eps))
+    limit = jnp.where(state.strict, null_below(_rows(b), eps), consistency_limit(eps))
     rtol = jnp.where(whole, residual_limit(eps), limit)
     # Rounding of a product with `x`. In a null space also that of one with a vector of
     # norm one, for a right-hand side that is itself no more than rounding: the gradient
@@ -248,11 +250,17 @@ def _limits(
     return rtol.astype(x.dtype), atol
 
 
+def _rows(x: Float[Array, "n ..."]) -> int | Array:
+    """The number of rows, a scalar array if it is symbolic."""
+    n: Any = x.shape[0]
+    return n if isinstance(n, int) else jnp.asarray(n, x.dtype)
+
+
 def _definite_factor(
     matrix: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     # The health is NaN, and so fails every comparison, if there is no such factor.
-    if matrix.shape[0] <= LARGEST:
+    if known(matrix.shape[0]) <= LARGEST:
         found = inverse([list(row) for row in matrix])
         return dense(found.rows), found.left / found.terms
     factor = jnp.linalg.cholesky(matrix)
@@ -270,12 +278,14 @@ def _skew_inverse(
 
     def inverted() -> tuple[Array, Array]:
         inverse = factor
-        if len(matrix) > LARGEST:
-            safe = jnp.where(skewed, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
+        if known(matrix.shape[0]) > LARGEST:
+            safe = jnp.where(
+                skewed, matrix, jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+            )
             inverse = jnp.where(skewed, jnp.linalg.inv(safe), factor)
         change = jnp.linalg.norm(inverse) * jnp.linalg.norm(matrix - matrix.T)
         # The norm of a random matrix is less than that of its entries.
-        return inverse, change <= _LARGEST_CHANGE * len(matrix) ** 0.5
+        return inverse, change <= _LARGEST_CHANGE * _rows(matrix) ** 0.5
 
     return jax.lax.cond(any_lane(skewed), inverted, lambda: (factor, ~skewed))
 
@@ -285,7 +295,7 @@ def _completed(
     skewed: Bool[Array, ""],
     matrix: Float[Array, "n n"],
     factor: Float[Array, "n n"],
-    cuts: tuple[float, float, float],
+    cuts: tuple[float, _Cut, _Cut],
 ) -> _Spectral:
     """`factor` where `definite`; if that is not all lanes, eigenvectors of the rest."""
 
@@ -312,7 +322,7 @@ def _apply(state: SymmetricState, b: Float[Array, " n"]) -> Float[Array, " n"]:
 
     def definite() -> Array:
         inverted = lambda: matvec(state.oriented(factor), b)
-        if len(b) <= LARGEST:
+        if known(b.size) <= LARGEST:
             return inverted()
         solved = lambda: jax.scipy.linalg.cho_solve((factor, True), b)
         if not state.coarse:

@@ -1,3 +1,9 @@
+"""How a solution is found: the default solvers, others by name, and those of a host.
+
+Each is an optimistix solver, or runs Python code (SciPy's, yours) on the host; any
+solver of optimistix itself can stand in its place.
+"""
+
 from ._on_host import AbstractHostSolver as AbstractHostSolver
 from .anderson import Anderson as Anderson
 from .auto_fixed_point import AutoFixedPoint as AutoFixedPoint

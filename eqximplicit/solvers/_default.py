@@ -46,9 +46,9 @@ def with_tolerances(solver: _Solver, y: Any) -> _Solver:
 
 
 def fitted(solver: _Solver, y: Any) -> _Solver:
-    """The solver, its tolerances by default those of a state in half precision.
+    """The solver, its tolerances by default those of the coarsest leaf of a state.
 
-    It is solved in its real form, which is float32, and its own rounding is not seen.
+    It is solved in its real form, in which the rounding of that leaf is not seen.
     """
     eps = coarse_epsilon(y)
     if eps is None or not isinstance(solver, _OF_OURS):

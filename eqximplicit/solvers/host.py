@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 
+from .._captured import captured_tracers
 from .._solution import RESULTS
+from .._state import describe
 from ._on_host import (
     AbstractHostSolver,
     as_result,
@@ -95,6 +98,7 @@ def _call_host(solver: HostSolver, y0: Any, args: Any, *, throw: bool) -> Any:
     """Returns `(y, code)` from the host, `y` shaped as `y0`."""
     forget_failure()
     arrays, static = eqx.partition((solver.solver, y0, args), eqx.is_array)
+    _refuse_tracers(captured_tracers(static[0]))
     y_arrays = jtu.tree_map(jnp.asarray, y0)
     struct = (jax.eval_shape(lambda: y_arrays), jax.ShapeDtypeStruct((), jnp.int32))
 
@@ -111,6 +115,19 @@ def _call_host(solver: HostSolver, y0: Any, args: Any, *, throw: bool) -> Any:
             return _fitted(guess, struct[0]), np.int32(FAILED)
 
     return run_on_host(host, struct, stopped(arrays))
+
+
+def _refuse_tracers(captured: list[tuple[str, Tracer[Any]]]) -> None:
+    """Refuses a solver that would find arrays without a value when it runs."""
+    named = [
+        f"`{name} (captured by the solver)`, {describe(x)}" for name, x in captured
+    ]
+    if named:
+        raise ValueError(
+            "A `HostSolver` cannot see a traced array that is not passed to it. Traced "
+            f"here: {'; '.join(named)}. Pass it in `args`, or make the solver an "
+            "`eqx.Module` with the array as a field."
+        )
 
 
 def _fitted(y: Any, struct: Any) -> Any:

@@ -5,7 +5,7 @@ For a user who lets nothing be unknown, which the package itself cannot.
 
 # pyright: reportUnknownArgumentType=true, reportUnknownVariableType=true
 
-from typing import Any, assert_type
+from typing import Any, assert_type, Protocol
 
 import equinox as eqx
 import optimistix as optx
@@ -42,6 +42,59 @@ def nothing_of_a_layer_is_unknown(y0: State) -> None:
     aux = solution.aux
     assert_type(solution, eqi.Solution[State, Any])
     assert_type(aux, Any)
+
+
+class Cell(eqx.Module):
+    weight: Var
+
+    def __call__(self, y: State, args: float) -> State:
+        return y
+
+
+def weight_of(fn: Cell) -> Var:
+    return fn.weight
+
+
+def parameters_have_the_type_that_an_annotated_where_returns(cell: Cell) -> None:
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), where=weight_of)
+    assert_type(layer, eqi.ImplicitFunction[State, float, Any, Var])
+    assert_type(layer.params, Var)
+    assert_type(layer.with_params(cell.weight).params, Var)
+
+
+def parameters_are_otherwise_any(cell: Cell, y0: State) -> None:
+    # A condition is typed by its state and its args, and forgets what else `fn` is. So
+    # without `where` (all of `fn`), and where a lambda is given any function, nothing
+    # tells the type.
+    whole = eqi.ImplicitFunction(eqi.FixedPoint(cell))
+    picked = eqi.ImplicitFunction(eqi.FixedPoint(cell), where=lambda fn: fn.weight)
+    assert_type(whole.params, Any)
+    assert_type(picked.params, Any)
+    assert_type(picked(y0, 1.0), State)
+
+
+@eqi.custom_root(cell)
+def root_solver(y0: State, args: float, *, tol: float = 1e-3) -> State:
+    return y0 if args > tol else (y0[1], y0[0])
+
+
+@eqi.custom_fixed_point(cell, has_aux=True)
+def solver_with_aux(y0: State, args: float) -> tuple[State, int]:
+    return y0, int(args)
+
+
+class RootSolver(Protocol):
+    """The signature of `root_solver`, as it was before it was decorated."""
+
+    def __call__(self, y0: State, args: float, *, tol: float = 1e-3) -> State: ...
+
+
+def a_decorated_solver_keeps_its_signature(y0: State) -> None:
+    same: RootSolver = root_solver
+    assert_type(same(y0, 1.0, tol=1e-6), State)
+    assert_type(root_solver(y0, args=1.0), State)
+    assert_type(solver_with_aux(y0, 1.0), tuple[State, int])
+    root_solver(y0, "one")  # pyright: ignore[reportArgumentType]
 
 
 def one_liners_return_the_users_state(y0: State) -> None:
