@@ -199,7 +199,7 @@ def _is_kernel(ctx: Any, call: Any) -> bool:
     on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
     if call is None or not (on_cpu and _is_known() and is_for_one_device(ctx)):
         return False
-    if not all(map(_has_number, ctx.avals_in)):
+    if not ctx.avals_in or not all(map(_has_number, ctx.avals_in)):
         return False
     loops = False
     for operation in _operations(ctx, call):
