@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax.extend.core as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 T = TypeVar("T")
@@ -34,25 +36,37 @@ def over_lanes(reduce: Callable[..., Array]) -> Scalar:
     return reduced
 
 
-@custom_vmap
-def _spread(leaves: Sequence[Any], beside: Sequence[Any]) -> Sequence[Any]:
-    """The leaves, in all lanes over which any of them or of `beside` is mapped."""
-    del beside
-    return leaves
+# Of some arrays, as many as `count` says, and of others beside them: the former, in all
+# lanes over which any of them is mapped.
+_spread_p = jex.Primitive("in_every_lane")
+_spread_p.multiple_results = True
 
 
-@_spread.def_vmap
-def _(
-    axis_size: Any, in_batched: Any, leaves: Sequence[Any], beside: Sequence[Any]
-) -> tuple[Sequence[Any], list[bool]]:
-    def in_lanes(x: Any, batched: bool) -> Any:
-        if batched:
-            return x
-        x = jnp.asarray(x, getattr(x, "dtype", None))  # a constant may be a number
-        return jnp.broadcast_to(x, (axis_size, *x.shape))
+def _spread(*arrays: Any, count: int) -> list[Any]:
+    return list(arrays[:count])
 
-    mapped = list(map(in_lanes, leaves, in_batched[0]))
-    return _spread(mapped, beside), [True] * len(mapped)
+
+def _spread_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, count: int
+) -> tuple[list[Any], list[Any]]:
+    return _spread_p.bind(*primals, count=count), list(tangents[:count])
+
+
+def _spread_batch(
+    axis: Any, arrays: Sequence[Any], dims: Sequence[Any], *, count: int
+) -> tuple[list[Any], list[int | None]]:
+    if all(dim is None for dim in dims):
+        return _spread_p.bind(*arrays, count=count), [None] * count
+    pairs = zip(arrays[:count], dims[:count], strict=True)
+    lanes = [batching.bdim_at_front(x, dim, axis.size) for x, dim in pairs]
+    return _spread_p.bind(*lanes, *arrays[count:], count=count), [0] * count
+
+
+_spread_p.def_impl(_spread)
+_spread_p.def_abstract_eval(_spread)
+ad.primitive_jvps[_spread_p] = _spread_jvp
+batching.fancy_primitive_batchers[_spread_p] = _spread_batch
+mlir.register_lowering(_spread_p, mlir.lower_fun(_spread, multiple_results=True))
 
 
 def in_every_lane(carry: T, beside: Any = None) -> T:
@@ -63,7 +77,8 @@ def in_every_lane(carry: T, beside: Any = None) -> T:
     """
     arrays, rest = eqx.partition(carry, eqx.is_array)
     leaves, treedef = jtu.tree_flatten(arrays)
-    leaves = _spread(leaves, jtu.tree_leaves(eqx.filter(beside, eqx.is_array)))
+    others = jtu.tree_leaves(eqx.filter(beside, eqx.is_array))
+    leaves = _spread_p.bind(*leaves, *others, count=len(leaves))
     return eqx.combine(jtu.tree_unflatten(treedef, leaves), rest)
 
 
