@@ -112,7 +112,7 @@ def _claim_of(
     distance, least = None, max(_TWO_DIGITS, ROUNDINGS * (coarse_epsilon(y) or 0))
     if stepping and not isinstance(solver, _MEASURED):
         loose = _SLACK * greatest(solver.rtol, solver.atol)
-        distance = jnp.clip(loose, least, _ONE_DIGIT)
+        distance = jnp.maximum(jnp.minimum(loose, _ONE_DIGIT), least)
     elif isinstance(solver, _BY_RESIDUAL):
         distance = least
     extremal = isinstance(condition, (Minimum, LeastSquares))
