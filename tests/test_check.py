@@ -511,6 +511,7 @@ def test_ill_conditioned_large_system_has_a_bound_and_a_direction():
     np.testing.assert_allclose(report.condition, 2e9, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_flat_directions_of_a_large_minimum_are_all_found():
     report = diagonal(0.0, eqi.Minimum, count=3)
     (found,) = [f for f in report.findings if "flat directions" in f.what]
@@ -526,6 +527,7 @@ def test_healthy_large_system_is_ok_and_says_how_far_it_was_examined():
     assert severities(report, "along some directions only") == ["note"]
 
 
+@pytest.mark.slow
 def test_large_system_in_different_units_is_not_singular():
     scale = jnp.where(jnp.arange(MANY) < 300, 1e8, 1e-6)
     fn = lambda y, a: scale * (y - a + 0.3 * jnp.roll(y, 1))

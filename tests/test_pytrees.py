@@ -307,7 +307,15 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "root",
+        "least squares",
+        pytest.param("fixed point", marks=pytest.mark.slow),
+        pytest.param("minimum", marks=pytest.mark.slow),
+    ],
+)
 def test_default_solvers_of_float32_beside_float64(name):
     y0 = {"single": jnp.array(0.5, jnp.float32), "double": jnp.array(0.5)}
     layer = eqi.ImplicitFunction(MIXED[name])
