@@ -504,6 +504,7 @@ def test_error_in_a_system_too_large_for_a_matrix_is_found(words, report):
     assert severities(report(), words) == ["error"]
 
 
+@pytest.mark.slow
 def test_ill_conditioned_large_system_has_a_bound_and_a_direction():
     report = diagonal(1e-9)
     (found,) = [f for f in report.findings if "ill-conditioned" in f.what]

@@ -311,7 +311,7 @@ MIXED = {
     "name",
     [
         "root",
-        "least squares",
+        pytest.param("least squares", marks=pytest.mark.slow),
         pytest.param("fixed point", marks=pytest.mark.slow),
         pytest.param("minimum", marks=pytest.mark.slow),
     ],
