@@ -1,6 +1,5 @@
 r"""Is this gradient right, and if not, why? All the witnesses, in one call."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -124,18 +123,10 @@ def check_implicit(
     seed = 0 if key is None else int(jax.random.bits(key))
     random = np.random.default_rng(seed)
     found = subject("check_implicit", layer, y0, args)
-    static = [_located(array) for array in static_arrays(found, found.theta.args)]
+    static = static_arrays(found, found.theta.args)
     if static:  # nothing can be solved: such a layer refuses its input
         return ImplicitReport(tuple(static))
     return _check(examine(found), random)
-
-
-def _located(static_array: Finding) -> Finding:
-    """The finding, its path and its shape taken out of the sentence to their places."""
-    sentence, _, shape = static_array.what.removesuffix(").").rpartition(" (")
-    what = f"{sentence}, which no derivative, batch or move would ever reach."
-    where = "`" + sentence.split("`")[1] + "`"
-    return dataclasses.replace(static_array, what=what, where=where, how_bad=shape)
 
 
 def _check(point: Point, random: np.random.Generator) -> ImplicitReport:

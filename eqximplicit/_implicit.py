@@ -98,9 +98,10 @@ def _tangent_of(values: Any, theta: Structure, attachment: Structure) -> Tangent
             lambda: pushed_forward(at_y, theta_leaves, moving, list(even(t_moving))),
         )
         t_y = from_real(t_y, like)
+        if not others:
+            return jtu.tree_leaves(t_y)
         still = jtu.tree_map(jnp.zeros_like, t_y)
-        t_at = select(attached.rule.trusted, t_y, still) if others else t_y
-        return jtu.tree_leaves((*(t_y for _ in others), t_at))
+        return jtu.tree_leaves((t_y, select(attached.rule.trusted, t_y, still)))
 
     return tangent
 

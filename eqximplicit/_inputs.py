@@ -1,5 +1,6 @@
 """Which inputs the condition ignores, what the guess does, and hidden arrays."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from ._derivatives import differences, direction, observed
 from ._finding import Finding, number
 from ._point import flat, Point, Subject
 from ._reach import reach
-from ._static import refuse_static_arrays
+from ._state import describe
+from ._static import REMEDY, static_arrays_in
 
 Vector = np.ndarray[Any, np.dtype[Any]]
 
@@ -112,9 +114,10 @@ def static_arrays(subject: Subject, args: Any) -> list[Finding]:
     found = list[Finding]()
     adjoint = subject.layer.adjoint
     for name, tree in (("args", args), ("y0", subject.y0), ("adjoint", adjoint)):
-        try:
-            refuse_static_arrays(tree, name)
-        except ValueError as error:
-            what, where, remedy = str(error).split(". ", 2)
-            found.append(Finding("error", f"{what}.", f"`{name}`", where, remedy))
+        for path, leaf in itertools.islice(static_arrays_in(tree, name), 1):
+            what = (
+                f"The static field `{path}` holds an array, which no derivative, batch "
+                "or move would ever reach."
+            )
+            found.append(Finding("error", what, f"`{path}`", describe(leaf), REMEDY))
     return found

@@ -208,7 +208,7 @@ def _examined(
     mv: Callable[[Any], PyTree[Array]],
 ) -> tuple[LinearRule, Doubt | None]:
     """The rule, trusted no further than the curvature allows, and what is in doubt."""
-    if claim is None:  # the value of a callable, which may never have met the condition
+    if claim is None:  # so nobody else holds the value against the condition
         trusted = lax.bitwise_and(rule.trusted, all_finite(value))
         return dataclasses.replace(rule, trusted=trusted), None
     if claim.minimum:

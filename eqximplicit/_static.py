@@ -11,6 +11,8 @@ import jax.tree_util as jtu
 from ._captured import CALLABLES, items, parts_of_callable
 from ._state import describe, leaf_name
 
+REMEDY = "Remove `static=True` from the field, or store a hashable value."
+
 
 def _is_holder(x: object) -> bool:
     return isinstance(x, (eqx.Module, *CALLABLES))
@@ -23,7 +25,8 @@ def _holders(node: Any, name: str) -> Iterator[tuple[str, Any]]:
                 yield leaf_name(name, path), leaf
 
 
-def _static_arrays(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+def static_arrays_in(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Each array in a static field of a module, with how to reach it."""
     left, seen = deque(_holders(node, name)), dict[int, object]()
     while left:  # no recursion: what is held may be deep
         name, held = left.popleft()
@@ -62,9 +65,8 @@ def refuse_static_arrays(node: Any, name: str) -> None:
 
     **Raises:** `ValueError` naming the field, its shape and dtype.
     """
-    for path, leaf in _static_arrays(node, name):
+    for path, leaf in static_arrays_in(node, name):
         raise ValueError(
             f"The static field `{path}` holds an array ({describe(leaf)}). It would "
-            "never be differentiated, batched or moved. Remove `static=True` from the "
-            "field, or store a hashable value."
+            f"never be differentiated, batched or moved. {REMEDY}"
         )

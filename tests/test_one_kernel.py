@@ -231,10 +231,7 @@ def test_superfluous_arguments(name):
 @pytest.mark.parametrize("other", [True, 3, 1j, np.zeros(0)])
 def test_arguments_of_any_kind(other):
     fn = lambda y, args: jnp.cos(y) * args[0]
-    args = (
-        jnp.asarray(0.3),
-        other if isinstance(other, jax.Array) else jnp.asarray(other),
-    )
+    args = jnp.asarray(0.3), jnp.asarray(other)
     solver = optx.FixedPointIteration(1e-9, 1e-9)
     y = eqi.ImplicitFunction(eqi.FixedPoint(fn), solver)(jnp.ones(2), args)
     np.testing.assert_allclose(fn(y, args), y, atol=1e-8)
