@@ -25,12 +25,13 @@ from ._claim import Claim
 from ._condition import AbstractCondition, hoist, Root
 from ._custom_types import check_instance, LinearSolver, PyTree
 from ._linear import differentiable_linear_solve, LinearRule
+from ._linearise import linearised
 from ._primitives import (
     attach,
     flatten,
     Leaves,
     Moving,
-    pushed_forward,
+    moving_part,
     Structure,
     Tangent,
 )
@@ -83,19 +84,20 @@ def _tangent_of(values: Any, theta: Structure, attachment: Structure) -> Tangent
             out = condition.residual(from_real(real_y, like), args, aux)
             return to_real(out, dtype)
 
-        aux, real_at = attached.aux, to_real(at, dtype)
-        at_y = lambda leaves: residual((leaves, aux), real_at)
-        t_residual = pushed_forward(at_y, theta_leaves, moving, t_moving)  # ∂F/∂θ · θ̇
-        vector = jtu.tree_map(jax.lax.neg, t_residual)
-        coefficients = list(theta_leaves), aux
+        coefficients, real_at = (list(theta_leaves), attached.aux), to_real(at, dtype)
+        of_moving, moved = moving_part(theta_leaves, moving)
+        at_y = lambda moved, y: residual((of_moving(moved), attached.aux), y)
+        linear = linearised(at_y, moved, real_at)
+        t_residual = linear.along_x(list(t_moving))  # ∂F/∂θ · θ̇
         t_y = differentiable_linear_solve(
             residual,
             coefficients,
             real_at,
-            vector,
+            linear,
+            jtu.tree_map(jax.lax.neg, t_residual),
             attached.rule,
             attached.claim,
-            lambda: pushed_forward(at_y, theta_leaves, moving, list(even(t_moving))),
+            lambda: linear.along_x(even(list(t_moving))),
         )
         t_y = from_real(t_y, like)
         if not others:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._claim import Claim, is_saddle
 from ._custom_types import LinearSolver, PyTree
+from ._linearise import Linearised
 from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
 from ._solution import is_successful
@@ -259,6 +260,7 @@ def differentiable_linear_solve(
     residual: Callable[[Any, PyTree[Array]], PyTree[Array]],
     coefficients: Any,
     at: PyTree[Array],
+    linear: Linearised,
     vector: PyTree[Array],
     rule: LinearRule,
     claim: Claim | None = None,
@@ -277,6 +279,7 @@ def differentiable_linear_solve(
 
     - `residual`: `(coefficients, y)` to a pytree like `vector`, of one real dtype.
     - `coefficients`, `at`: where the residual is linearised; `A` depends on both.
+    - `linear`: the residual linearised there, along `y` (and whatever else).
     - `vector`: the right-hand side `b`.
     - `rule`: the linear solver, its options, the tags of `A`, and whether to trust it.
     - `claim`: what was claimed of `at`.
@@ -291,8 +294,8 @@ def differentiable_linear_solve(
     b_leaves, b_tree = jtu.tree_flatten(vector)
 
     # The factorisation carries no derivative: that of A enters through `apply`.
-    frozen, y = stop_gradient((coefficients, at))
-    value, mv = jax.linearize(lambda y: residual(frozen, y), y)
+    y, linear = stop_gradient((at, linear))
+    value, mv = linear.value, linear.along_y
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
     operator = lx.FunctionLinearOperator(mv, structure, rule.tags)

@@ -129,18 +129,26 @@ def _split(leaves: Sequence[Any], sizes: tuple[int, int]) -> tuple[list[Any], ..
     return list(leaves[:first]), list(leaves[first:second]), list(leaves[second:])
 
 
-def pushed_forward(
+def moving_part(
+    leaves: Leaves, moving: Moving
+) -> tuple[Callable[[Leaves], list[Any]], list[Any]]:
+    """The leaves that move, and how all leaves are had from those."""
+
+    def from_moving(moved: Leaves) -> list[Any]:
+        new = iter(moved)
+        pairs = zip(leaves, moving, strict=True)
+        return [next(new) if moves else leaf for leaf, moves in pairs]
+
+    moved = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+    return from_moving, moved
+
+
+def _pushed_forward(
     fn: Callable[[Leaves], Any], leaves: Leaves, moving: Moving, t_moving: Leaves
 ) -> Any:
     """The tangent of `fn(leaves)` along the tangents of those leaves that move."""
-
-    def of_moving(moved: Leaves) -> Any:
-        new = iter(moved)
-        pairs = zip(leaves, moving, strict=True)
-        return fn([next(new) if moves else leaf for leaf, moves in pairs])
-
-    at = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-    return jax.jvp(of_moving, (at,), (list(t_moving),))[1]
+    from_moving, moved = moving_part(leaves, moving)
+    return jax.jvp(lambda at: fn(from_moving(at)), (moved,), (list(t_moving),))[1]
 
 
 def _moves(tangent: Any) -> bool:
@@ -237,7 +245,7 @@ def _solve_jvp(
     if any(moving):  # - Ȧ x
         along = [t for t in t_coefficients if _moves(t)]
         image = lambda c: system.image(c, x)
-        drift = pushed_forward(image, coefficients, moving, along)
+        drift = _pushed_forward(image, coefficients, moving, along)
         t_b = [a - b for a, b in zip(t_b, drift, strict=True)]
         system = dataclasses.replace(system, cancels=True)
     return x, linear_solve(factors, coefficients, t_b, system)
