@@ -33,6 +33,12 @@ _SLACK, _ONE_DIGIT, _TWO_DIGITS = 100.0, 1e-1, 1e-2
 _MEASURED = (optx.Newton, optx.Chord)
 # A residual is small in units that only the Jacobian tells.
 _BY_RESIDUAL = (AutoRootFinder, Broyden, AbstractHostSolver)
+# An error is so many residuals near a multiple root, and where a Jacobian is weak.
+_WEAK = 100.0
+# A tolerance this small is a hundredth of half of its own root.
+_TIGHT = 2e-5
+# A bare callable claims nothing.
+_CLAIMING = (optx.AbstractIterativeSolver, AbstractHostSolver)
 
 
 class Solve(eqx.Module):
@@ -98,7 +104,7 @@ def _structure(tree: Any) -> Any:
 
 
 def _claim_of(
-    solver: Any, condition: AbstractCondition[Any, Any], y: PyTree[Array]
+    solver: Any, condition: AbstractCondition[Any, Any], outcome: Outcome
 ) -> Claim | None:
     """What `solver` claims by reporting success; `None` if nothing is to be tested.
 
@@ -109,7 +115,8 @@ def _claim_of(
     """
     theirs = type(solver).__module__.partition(".")[0] == "optimistix"
     stepping = theirs or isinstance(solver, FIRE)
-    distance, least = None, max(_TWO_DIGITS, ROUNDINGS * (coarse_epsilon(y) or 0))
+    coarse = coarse_epsilon(outcome.y)
+    distance, least = None, max(_TWO_DIGITS, ROUNDINGS * (coarse or 0))
     if stepping and not isinstance(solver, _MEASURED):
         loose = _SLACK * greatest(solver.rtol, solver.atol)
         distance = jnp.maximum(jnp.minimum(loose, _ONE_DIGIT), least)
@@ -117,8 +124,28 @@ def _claim_of(
         distance = least
     extremal = isinstance(condition, (Minimum, LeastSquares))
     minimum = extremal and (stepping or isinstance(solver, AbstractHostSolver))
-    claims = distance is not None or minimum
-    return Claim(distance, minimum) if claims else None
+    if not isinstance(solver, _CLAIMING):
+        return None
+    multiple = coarse is None and _may_be_multiple(solver, outcome.stats)
+    return Claim(distance, minimum, multiple)
+
+
+def _may_be_multiple(solver: Any, stats: dict[str, Any]) -> Bool[Array, ""] | bool:
+    """Whether a solution may be a multiple root, by what the solver tells."""
+    if "simple" in stats or _stays_away(solver):
+        return False
+    return stats["amplification"] > _WEAK if "amplification" in stats else True
+
+
+def _stays_away(solver: Any) -> bool:
+    """Whether near a multiple root it stops farther from it than what it is held to.
+
+    Plain iteration does: where the residual is a tolerance, the root of one away.
+    """
+    if not isinstance(solver, optx.FixedPointIteration):
+        return False
+    tols = solver.rtol, solver.atol
+    return all(isinstance(tol, float) for tol in tols) and max(tols) < _TIGHT
 
 
 class ImplicitAdjoint(AbstractAdjoint):
@@ -169,7 +196,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             aux=outcome.aux,
             trusted=outcome.trusted,
             at=outcome.at,
-            claim=_claim_of(detached.solver, solve.condition, outcome.y),
+            claim=_claim_of(detached.solver, solve.condition, outcome),
         )
         return eqx.tree_at(lambda o: o.y, outcome, y)
 

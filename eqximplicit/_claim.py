@@ -1,10 +1,11 @@
 r"""What a solver claims of its value, and whether the value contradicts that.
 
 optimistix's solvers stop when a step is small, and call that success. A step may be
-small far from any solution (a tiny learning rate, a flat map), and at a saddle. Both
-are seen at the value itself where the derivative is taken: the one in the linear solve
-that is made anyway (`_linear.py`), the other in the Hessian. A solve without a
-derivative computes nothing of it.
+small far from any solution (a tiny learning rate, a flat map), at a saddle, and at a
+solution that turns back or parts in two. All are seen at the value itself where the
+derivative is taken: the first in the linear solve that is made anyway (`_linear.py`),
+the second in the Hessian, the third along Newton's step. A solve without a derivative
+computes nothing of it.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree
 from ._state import max_abs
+from .linear_solvers._residual import inner
 from .solvers._curvature import extreme_curvatures, is_negative
 from .solvers._default import ROUNDINGS
 
@@ -28,10 +31,46 @@ class Claim(eqx.Module):
     - `distance`: how far from a solution the value may be, relative to
         $\sqrt{1 + \|y\|^2}$; `None` if the solver has measured that.
     - `minimum`: whether it was said to be a minimum.
+    - `multiple`: whether it may be a multiple root, for all that is known.
     """
 
     distance: Any
     minimum: bool = eqx.field(static=True)
+    multiple: Bool[Array, ""] | bool
+
+
+class Doubt(eqx.Module):
+    r"""The residual of a value that is claimed to be a solution.
+
+    Newton's step from the value, $A^{-1} F$, is its distance from a solution, and must
+    not exceed `distance` times $\sqrt{1 + \|y\|^2}$. A cotangent tells as much of it
+    as the derivative depends on: $\langle \bar y, A^{-1} F\rangle = \langle
+    A^{-T}\bar y, F\rangle$. A tangent tells nothing, and the step is estimated by
+    $\|F\| / \|A v\|$: with entries of $v$ of order one and no pattern, $\|A v\|$ is
+    about the Frobenius norm of $A$. So it is the root mean square of the step if all
+    singular values are alike, and about its length at most whatever they are.
+    """
+
+    y: PyTree[Array]
+    residual: PyTree[Array]
+    distance: Float[Array, ""]
+    change: PyTree[Array]  # A v
+
+    def contradicts_cotangent(
+        self, vector: PyTree[Array], x: PyTree[Array]
+    ) -> Bool[Array, ""]:
+        """Whether the step is too long, along the cotangent `vector`."""
+        moved = inner(x, self.residual)
+        return _exceeds(moved * moved, self._allowed() * inner(vector, vector))
+
+    def contradicts(self) -> Bool[Array, ""]:
+        """Whether Newton's step is too long, by estimate."""
+        left = inner(self.residual, self.residual)
+        return _exceeds(left, self._allowed() * inner(self.change, self.change))
+
+    def _allowed(self) -> Float[Array, ""]:
+        """The square of the longest step."""
+        return self.distance**2 * (1 + inner(self.y, self.y))
 
 
 def is_saddle(
@@ -52,3 +91,8 @@ def is_rounding(
     moved = residual(jtu.tree_map(lambda x: x * (1 + eps), y))
     change = jtu.tree_map(lambda a, b: a - b, moved, left)
     return max_abs(left) <= ROUNDINGS * max_abs(change)
+
+
+def _exceeds(number: Array, limit: Array) -> Bool[Array, ""]:
+    """Whether it does, or is NaN."""
+    return lax.bitwise_not(lax.le(number, limit))

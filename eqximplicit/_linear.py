@@ -17,8 +17,9 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ._claim import Claim, is_saddle
+from ._claim import Claim, Doubt, is_saddle
 from ._custom_types import LinearSolver, PyTree
+from ._lanes import any_lane
 from ._linearise import Linearised
 from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem
@@ -30,10 +31,19 @@ from .linear_solvers._measured import (
     as_given,
     Asked,
     in_range,
+    is_direct,
     Measured,
 )
-from .linear_solvers._residual import even, inner, is_zero, norm, scale
+from .linear_solvers._residual import (
+    even,
+    is_zero,
+    norm,
+    scale,
+    where,
+    zeros_like,
+)
 from .linear_solvers.checked import checked
+from .solvers._multiple import bends
 
 # How many times the gradient over the state an operator may be off.
 _UNSURE = 4.0
@@ -84,45 +94,6 @@ def _answer(rule: LinearRule, state: Any, asked: Asked) -> Measured:
     x, result, stats = rule.solver.compute(state, asked.vector, asked.options)
     nonzero, finite = nonzero_and_finite(asked.vector, x)
     return Measured(x, nonzero, finite & is_successful(result), result, stats)
-
-
-class Doubt(eqx.Module):
-    r"""The residual of a value that is claimed to be a solution.
-
-    Newton's step from the value, $A^{-1} F$, is its distance from a solution, and must
-    not exceed `distance` times $\sqrt{1 + \|y\|^2}$. A cotangent tells as much of it
-    as the derivative depends on: $\langle \bar y, A^{-1} F\rangle = \langle
-    A^{-T}\bar y, F\rangle$. A tangent tells nothing, and the step is estimated by
-    $\|F\| / \|A v\|$: with entries of $v$ of order one and no pattern, $\|A v\|$ is
-    about the Frobenius norm of $A$. So it is the root mean square of the step if all
-    singular values are alike, and about its length at most whatever they are.
-    """
-
-    y: PyTree[Array]
-    residual: PyTree[Array]
-    distance: Float[Array, ""]
-    change: PyTree[Array]  # A v
-
-    def contradicts_cotangent(
-        self, vector: PyTree[Array], x: PyTree[Array]
-    ) -> Bool[Array, ""]:
-        """Whether the step is too long, along the cotangent `vector`."""
-        moved = inner(x, self.residual)
-        return _exceeds(moved * moved, self._allowed() * inner(vector, vector))
-
-    def contradicts(self) -> Bool[Array, ""]:
-        """Whether Newton's step is too long, by estimate."""
-        left = inner(self.residual, self.residual)
-        return _exceeds(left, self._allowed() * inner(self.change, self.change))
-
-    def _allowed(self) -> Float[Array, ""]:
-        """The square of the longest step."""
-        return self.distance**2 * (1 + inner(self.y, self.y))
-
-
-def _exceeds(number: Array, limit: Array) -> Bool[Array, ""]:
-    """Whether it does, or is NaN."""
-    return lax.bitwise_not(lax.le(number, limit))
 
 
 def _solved(
@@ -182,6 +153,35 @@ def _direct(
     return asked, _answer(rule, state, asked)
 
 
+def _is_simple(
+    in_question: Bool[Array, ""] | bool,
+    solved: Callable[[PyTree[Array]], PyTree[Array]],
+    residual: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    value: PyTree[Array],
+) -> Bool[Array, ""]:
+    """Whether a root `y` is simple, where that is in question."""
+    straight = lambda: ~bends(residual, solved, y, value)
+    if isinstance(in_question, bool):
+        return straight() if in_question else jnp.asarray(True)
+    asked = lambda: lax.bitwise_not(in_question) | straight()
+    yes = lambda: jnp.ones_like(in_question)
+    return lax.cond(any_lane(in_question), asked, yes)
+
+
+def _solution_of(
+    rule: LinearRule, state: Any
+) -> Callable[[PyTree[Array]], PyTree[Array]]:
+    """What the solver makes of a right-hand side, as it is."""
+
+    def solved(vector: PyTree[Array]) -> PyTree[Array]:
+        asked, found = _direct(rule, state, vector)
+        x = where(found.asked, found.x, zeros_like(found.x))
+        return x if asked.back is None else scale(asked.back, x)
+
+    return solved
+
+
 def transposed(
     rule: LinearRule, state: Any, vector: PyTree[Array]
 ) -> tuple[Asked, Measured]:
@@ -201,6 +201,11 @@ def factorised(
     return rule.solver.init(operator, _at_a_point(rule, operator, value, y))
 
 
+def _trusted_if(rule: LinearRule, fine: Bool[Array, ""]) -> LinearRule:
+    """The rule, trusted no further."""
+    return dataclasses.replace(rule, trusted=lax.bitwise_and(rule.trusted, fine))
+
+
 def _examined(
     rule: LinearRule,
     claim: Claim | None,
@@ -209,12 +214,13 @@ def _examined(
     mv: Callable[[Any], PyTree[Array]],
 ) -> tuple[LinearRule, Doubt | None]:
     """The rule, trusted no further than the curvature allows, and what is in doubt."""
-    if claim is None:  # so nobody else holds the value against the condition
-        trusted = lax.bitwise_and(rule.trusted, all_finite(value))
-        return dataclasses.replace(rule, trusted=trusted), None
+    if claim is None or claim.distance is None:
+        # So nobody else holds the value against the condition.
+        rule = _trusted_if(rule, all_finite(value))
+    if claim is None:
+        return rule, None
     if claim.minimum:
-        trusted = rule.trusted & ~is_saddle(y, value, mv)
-        rule = dataclasses.replace(rule, trusted=trusted)
+        rule = _trusted_if(rule, ~is_saddle(y, value, mv))
     if claim.distance is None:
         return rule, None
     distance = jnp.asarray(claim.distance, real_dtype(y))
@@ -294,7 +300,7 @@ def differentiable_linear_solve(
     b_leaves, b_tree = jtu.tree_flatten(vector)
 
     # The factorisation carries no derivative: that of A enters through `apply`.
-    y, linear = stop_gradient((at, linear))
+    frozen, y, linear = stop_gradient((coefficients, at, linear))
     value, mv = linear.value, linear.along_y
     # `eval_shape` keeps the sharding, which `shard_map` wants to see again.
     structure = jax.eval_shape(lambda: vector)
@@ -302,6 +308,10 @@ def differentiable_linear_solve(
     rule = dataclasses.replace(rule, solver=checked(rule.solver, operator))
     rule, doubt = _examined(rule, claim, y, value, mv)
     state = factorised(rule, operator, value, y)
+    if claim is not None and is_direct(rule.solver, operator):
+        of_y, solved = lambda y: residual(frozen, y), _solution_of(rule, state)
+        simple = _is_simple(claim.multiple, solved, of_y, y, value)
+        rule = _trusted_if(rule, simple)
     movable = _is_movable(rule, state, sample)
     f_leaves, factors = flatten((rule, state, doubt, movable))
 

@@ -28,6 +28,7 @@ class _Linear(NamedTuple):
 
 
 _ZERO = _Linear(None)
+_SUMS = ("add", "add_any")
 # An array that no tangent moves, or a `_Linear`.
 _Value = Any
 
@@ -62,7 +63,7 @@ def linearised(fn: Callable[[Any, Any], PyTree[Array]], x: Any, y: Any) -> Linea
     return Linearised(value, closed.consts, closed.jaxpr, len(jtu.tree_leaves(x)))
 
 
-def _in_full(x: _Value, aval: Any) -> Array:
+def _in_full(x: _Value, aval: Any) -> Any:
     array = x.array if isinstance(x, _Linear) else x
     zero: Any = ad.Zero
     return ad.instantiate_zeros(zero(aval)) if array is None else array
@@ -83,7 +84,7 @@ def _step(eqn: Equation, ins: list[_Value]) -> Sequence[_Value]:
         read = variables(eqn, [x.array if isinstance(x, _Linear) else x for x in ins])
         outs = as_function(eqn, list(read))(*read.values())
         return list(map(_Linear, outs)) if arrays else outs
-    if eqn.primitive.name == "add_any":
+    if eqn.primitive.name in _SUMS:
         return list(map(_Linear, moved))
     if eqn.primitive.name in CALLS:
         body = eqn.params["jaxpr"]

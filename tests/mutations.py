@@ -51,9 +51,30 @@ MUTANTS = [
     Mutant(
         "value in place of its tangent",
         "_primitives.py",
-        "return jax.jvp(of_moving, (at,), (list(t_moving),))[1]",
-        "return jax.jvp(of_moving, (at,), (list(t_moving),))[0]",
+        "(moved,), (list(t_moving),))[1]",
+        "(moved,), (list(t_moving),))[0]",
+        SECOND,
+    ),
+    Mutant(
+        "a sum without what moves of it",
+        "_linearise.py",
+        "        return list(map(_Linear, moved))",
+        "        return [_ZERO]",
         FIRST,
+    ),
+    Mutant(
+        "an equation without what moves of it",
+        "_linearise.py",
+        "return list(map(_Linear, push(moved)))",
+        "return [_ZERO] * len(eqn.outvars)",
+        "tests/test_linearise.py",
+    ),
+    Mutant(
+        "a multiple root is a simple one",
+        "_linear.py",
+        "~bends(of_y, solved, y, value)",
+        "bends(of_y, solved, y, value)",
+        "tests/test_multiple_roots.py -k 'do_not_look'",
     ),
     Mutant(
         "arguments at rest",
@@ -121,8 +142,8 @@ MUTANTS = [
     Mutant(
         "saddle turned round",
         "_linear.py",
-        "rule.trusted & ~is_saddle(y, value, mv)",
-        "rule.trusted & is_saddle(y, value, mv)",
+        "~is_saddle(y, value, mv)",
+        "is_saddle(y, value, mv)",
         CLAIM,
     ),
     Mutant(

@@ -116,6 +116,73 @@ def test_a_start_at_the_root_is_no_slow_approach():
     assert solution.stats["simple"]
 
 
+# Solvers that do not look themselves: the linear solve of the derivative does.
+TOL = {"rtol": 1e-8, "atol": 1e-8}
+UNAWARE = {
+    "root, Levenberg-Marquardt": (eqi.Root, optx.LevenbergMarquardt(**TOL)),
+    "root, Dogleg": (eqi.Root, optx.Dogleg(**TOL)),
+    "root, Broyden": (eqi.Root, eqi.Broyden()),
+    "root, SciPy": (eqi.Root, eqi.ScipyRoot()),
+    "fixed point": (eqi.FixedPoint, None),
+    "fixed point, Anderson": (eqi.FixedPoint, eqi.Anderson()),
+    "minimum": (eqi.Minimum, None),
+    "minimum, BFGS": (eqi.Minimum, optx.BFGS(**TOL)),
+    "minimum, FIRE": (eqi.Minimum, eqi.FIRE(**TOL)),
+    "minimum, SciPy": (eqi.Minimum, eqi.ScipyMinimize()),
+    "least squares": (eqi.LeastSquares, None),
+}
+
+
+def stated(kind, fn):
+    """The equation `fn(y, a) = 0` for the condition `kind`."""
+    if kind is eqi.FixedPoint:
+        return kind(lambda y, a: y - 0.2 * fn(y, a))
+    if kind is eqi.Minimum:  # of the integral of `fn`, by a rule that is exact for it
+        nodes, weights = np.polynomial.legendre.leggauss(4)
+        along = lambda y, a: sum(
+            w / 2 * jnp.sum(y * fn(y * (x + 1) / 2, a))
+            for x, w in zip(nodes, weights, strict=True)
+        )
+        return kind(along)
+    return kind(fn)
+
+
+def attached(name, fn, y0):
+    kind, solver = UNAWARE[name]
+    layer = eqi.ImplicitFunction(stated(kind, fn), solver, throw=False, max_steps=4000)
+    return lambda a: jnp.ravel(layer(jnp.asarray(y0), a))[0]
+
+
+@pytest.mark.parametrize("shape", [(), pytest.param((4,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", UNAWARE)
+def test_solvers_that_do_not_look(name, shape):
+    turning = UNAWARE[name][0] is not eqi.Minimum
+    fn = (lambda y, a: y**2 - a) if turning else (lambda y, a: y**3 - a * y)
+    solve = attached(name, fn, np.full(shape, 1.7))
+    value_and_slope = jax.value_and_grad(solve)
+    at, along = (jnp.array(0.0),), (jnp.array(1.0),)
+    assert np.isnan([value_and_slope(*at)[1], jax.jvp(solve, at, along)[1]]).all()
+    found = np.abs(value_and_slope(jnp.array(0.36)))  # at either of two minima
+    np.testing.assert_allclose(found, [0.6, 0.5 / 0.6], rtol=1e-4)
+
+
+COUPLED = [
+    *("root, Broyden", "fixed point"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("root, Levenberg-Marquardt", "root, Dogleg", "root, SciPy")
+    ),
+]
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_one_direction_of_six_bends(name):
+    fn = coupled(lambda y, a: (y - 1) ** 2 - a)
+    solve = attached(name, fn, np.full(6, 2.0))
+    assert np.isnan(jax.grad(solve)(jnp.array(0.0)))
+    np.testing.assert_allclose(jax.grad(solve)(jnp.array(0.36)), 0.5 / 0.6, rtol=1e-4)
+
+
 # Those whose Jacobian is singular at the root.
 SINGULAR = {"Powell singular", "sample 19"}
 

@@ -55,6 +55,11 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
     ) -> Measured:
         """Returns the solution with its judgement."""
 
+    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
+        """Whether the state for `operator` makes another solve cheap, and exact."""
+        del operator
+        return False
+
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, Stats]:
@@ -69,6 +74,11 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
         back = asked.back
         x = jtu.tree_map(lambda leaf: back.astype(leaf.dtype) * leaf, x)
         return x, found.result, stats
+
+
+def is_direct(solver: LinearSolver, operator: lx.AbstractLinearOperator) -> bool:
+    """Whether a solver, measured if it is for regular systems, factorises."""
+    return isinstance(solver, AbstractMeasuredSolver) and solver.is_direct(operator)
 
 
 class Asked(NamedTuple):

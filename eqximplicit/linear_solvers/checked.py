@@ -109,6 +109,10 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
             regular = self._survives_probe(operator, inner, struct, options)
         return CheckedState(inner, lx.linearise(operator), regular, bands)
 
+    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
+        """Whether the inner solver is for one right-hand side after the other."""
+        return isinstance(_selected(self.solver, operator), _DIRECT)
+
     def _survives_probe(
         self,
         operator: lx.AbstractLinearOperator,

@@ -137,6 +137,11 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
     rcond: float | None = None
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
 
+    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
+        """Whether the state for `operator` makes another solve cheap, and exact."""
+        del operator
+        return True
+
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> SymmetricState:

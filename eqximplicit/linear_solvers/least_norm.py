@@ -65,6 +65,11 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
     least_squares: bool = eqx.field(default=False, static=True)
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
 
+    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
+        """Whether the state for `operator` makes another solve cheap, and exact."""
+        del operator
+        return True
+
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> LeastNormState:

@@ -147,6 +147,11 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
                 f"{', '.join(map(repr, get_args(Backend)))}."
             )
 
+    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
+        """Whether the state for `operator` makes another solve cheap, and exact."""
+        del operator
+        return True
+
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> _SparseState:

@@ -88,6 +88,7 @@ def _opened(c: Iterates, tolerance: Tolerance, target: float) -> Opened:
     stats = {
         "residual_norm": vs.norm_of(tolerance.norm, residual, vs.real_dtype(y)),
         "scaled_error": progress.error,
+        "amplification": progress.amplification,
         "num_rescues": jnp.zeros((), jnp.int32),
     }
     found = vs.select(solved, y, c.start)

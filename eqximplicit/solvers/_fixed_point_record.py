@@ -59,6 +59,12 @@ class Progress(eqx.Module):
         slack = target * (self.before - self.error)
         return (self.error == 0) | (self.error * self.before < slack)
 
+    @property
+    def amplification(self) -> Array:
+        """The error per residual, 1 / (1 - rate)."""
+        gained = self.before - self.error
+        return self.before / jnp.where(gained > 0, gained, jnp.inf)
+
     def after(self, error: Array, rate: float, growth: float) -> "Progress":
         late = jnp.minimum(error / (rate * self.error), LATE)
         most = where(self.steps > 1, growth, 1.0) * self.error

@@ -8,19 +8,25 @@ may turn back, or part in two. The Jacobian at a point nearby is regular, so tha
 linear solve of a derivative sees nothing of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool
 
 from .._custom_types import PyTree
 from .._state import max_abs
+from ..linear_solvers._residual import inner, minus
 
 # Of the residual, a step leaves at least a quarter at a multiple root.
 _SLOW = 0.2
 # Of the step before, a step is at least a half there.
 _SHORTER = 0.4
+# By how much of itself a Jacobian may change along Newton's step, at most.
+_BENT = 0.25
 # A step of so many roundings of the unknowns is about rounding, which may be slow, too.
 _ROUNDINGS = 2.0**12
 
@@ -45,3 +51,29 @@ def is_simple(state: Any, y: PyTree[Array]) -> Bool[Array, ""]:
     """What the last two steps tell of a root `y`; `state` is that of `optx.Newton`."""
     hardly = is_hardly_shorter(state.diffsize, state.diffsize_prev)
     return ~(hardly & is_seen(max_abs(state.diff), max_abs(y)))
+
+
+def bends(
+    residual: Callable[[PyTree[Array]], PyTree[Array]],
+    solved: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    value: PyTree[Array],
+) -> Bool[Array, ""]:
+    r"""Whether the Jacobian `A` is another one where Newton's step from `y` leads.
+
+    Along the step $s$ from near a root of multiplicity $m$ it loses the part
+    $1 - ((m - 1) / m)^{m - 1}$ of itself, a half or more, at any distance; next to
+    nothing from near a simple one. It is measured in units of the state, by
+    $A^{-1} A(y + s) s$ beside $s$, which no scaling of the equations changes (P.
+    Deuflhard, *Newton Methods for Nonlinear Problems*, 2004, theorem 2.3).
+
+    **Arguments:**
+
+    - `residual`: a function of the state, with the residual `value` at `y`.
+    - `solved`: `b` to `A⁻¹ b`.
+    """
+    step = solved(value)
+    there = jtu.tree_map(lax.sub, y, step)
+    turned = minus(solved(jax.jvp(residual, (there,), (step,))[1]), step)
+    # As a quotient, which XLA computes once; of a step of zero it is NaN, and no bend.
+    return inner(turned, turned) / inner(step, step) > _BENT**2
