@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "a multiple root is a simple one",
         "_linear.py",
-        "~bends(of_y, solved, y, value)",
-        "bends(of_y, solved, y, value)",
+        "~bends(residual, solved, y, value)",
+        "bends(residual, solved, y, value)",
         "tests/test_multiple_roots.py -k 'do_not_look'",
     ),
     Mutant(

@@ -339,7 +339,16 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("closed form", "default", "many entries"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("Newton", "fixed point")
+        ),
+    ],
+)
 def test_second_and_third_derivatives_through_every_kind_of_loop(name):
     condition, solver, linear_solver, shape = LOOPS[name]
     adjoint = eqi.ImplicitAdjoint(linear_solver)

@@ -59,7 +59,11 @@ SOLVERS = {
 # optimistix's trust regions keep a radius in double precision, beside any state.
 DOUBLE_ONLY = ("Levenberg-Marquardt", "Levenberg-Marquardt, root", "dogleg")
 CASES = [(name, np.float64) for name in SOLVERS]
-CASES += [(name, np.float32) for name in SOLVERS if name not in DOUBLE_ONLY]
+CASES += [
+    pytest.param(name, np.float32, marks=pytest.mark.slow)
+    for name in SOLVERS
+    if name not in DOUBLE_ONLY
+]
 
 
 def expected(condition, y):
@@ -88,6 +92,9 @@ def test_converged_solve_keeps_its_derivative(name, dtype):
     # The Hessian of the bowl varies by cosh(d), so that of a value d off is off by d.
     value = np.asarray(value)
     off = np.max(np.abs(value - CENTRE)) if name != "Picard" else 0.0
+    if off > 1:  # where the Hessian is a multiple of that at the minimum
+        assert np.isnan(slope).all()
+        return
     np.testing.assert_allclose(
         slope, expected(condition, value), rtol=1e-3, atol=1e-3 + off
     )
@@ -106,7 +113,9 @@ def gradients(solve, y0, a):
     return jax.jit(jax.grad(total))(a), jax.jit(jax.jacfwd(total))(a)
 
 
-@pytest.mark.parametrize("size", [(), (70,), (4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(), (4, 5), pytest.param((70,), marks=pytest.mark.slow)], ids=str
+)
 def test_steps_too_small_to_tell_from_convergence_give_nan(size):
     y0 = jnp.ones(size)
     for slope in gradients(layer(eqi.Minimum(quartic), descent(1e-9)), y0, 8.0):

@@ -74,7 +74,7 @@ LATER = [name for name in SOLVERS if name != "default"]
     ("n", "name"),
     [
         (5, "default"),
-        (20, "FIRE, 1e-8"),
+        pytest.param(20, "FIRE, 1e-8", marks=pytest.mark.slow),
         *(pytest.param(5, name, marks=pytest.mark.slow) for name in LATER),
     ],
 )

@@ -30,7 +30,7 @@ def cell(y, x):
     return jnp.tanh(jnp.asarray(weights(y.size), y.dtype) @ y + x)
 
 
-@pytest.mark.parametrize("n", [2, 7, 80])
+@pytest.mark.parametrize("n", [2, 7, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_derivative_is_linear_in_what_it_is_asked(name, n):
     solver = optx.FixedPointIteration(rtol=1e-6, atol=1e-6)
@@ -108,7 +108,7 @@ def test_derivative_does_not_depend_on_the_units_of_the_residual(n):
     )
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_squares_that_underflow_are_no_zeros_for_elimination(n):
     x, v = np.linspace(-1, 1, n), np.cos(np.arange(n) + 0.3)
     y = np.linalg.solve(np.eye(n) - weights(n), x)

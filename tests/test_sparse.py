@@ -480,7 +480,9 @@ def test_the_inverse_as_many_right_hand_sides_is_one_factorisation(name):
         assert f"c128[1,{y.size},{2 * y.size}]" in text
 
 
-@pytest.mark.parametrize("name", ["diffusion", "plane"])
+@pytest.mark.parametrize(
+    "name", ["diffusion", pytest.param("plane", marks=pytest.mark.slow)]
+)
 def test_first_and_second_derivatives_match_a_dense_solve(name):
     fn, y = STATES[name]
     b, w = like(y), like(y, 3)

@@ -91,7 +91,15 @@ def _by_newton(fn, y, args, t_args):
 
 @pytest.mark.parametrize(
     ("n", "state", "inside", "rtol"),
-    [(n, *case) for n in (2, 3, 8) for case in MIXED] + [(40, *MIXED[1])],
+    [
+        *((3, *case) for case in MIXED),
+        *(
+            pytest.param(n, *case, marks=pytest.mark.slow)
+            for n in (2, 8)
+            for case in MIXED
+        ),
+        pytest.param(40, *MIXED[1], marks=pytest.mark.slow),
+    ],
 )
 def test_minimum_has_a_derivative_in_mixed_precision(n, state, inside, rtol):
     slope = jax.grad(_objective(jnp.float64))
@@ -114,7 +122,7 @@ def test_minimum_has_a_derivative_in_mixed_precision(n, state, inside, rtol):
         np.testing.assert_allclose(got.astype(float), want, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("n", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_least_squares_has_a_derivative_in_half_precision(n):
     def residual(z, args):
         matrix, x = args
