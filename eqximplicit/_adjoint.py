@@ -37,8 +37,6 @@ _BY_RESIDUAL = (AutoRootFinder, Broyden, AbstractHostSolver)
 _WEAK = 100.0
 # A tolerance this small is a hundredth of half of its own root.
 _TIGHT = 2e-5
-# A bare callable claims nothing.
-_CLAIMING = (optx.AbstractIterativeSolver, AbstractHostSolver)
 
 
 class Solve(eqx.Module):
@@ -106,13 +104,15 @@ def _structure(tree: Any) -> Any:
 def _claim_of(
     solver: Any, condition: AbstractCondition[Any, Any], outcome: Outcome
 ) -> Claim | None:
-    """What `solver` claims by reporting success; `None` if nothing is to be tested.
+    """What `solver` claims by reporting success; `None` for a callable, which does not.
 
     optimistix's own solvers are held to a distance, and so are those that judge by the
     residual or the gradient alone; all of these but the root finders also to having
-    found a minimum. A callable has claimed nothing, and the other solvers of this
-    package measure what they claim.
+    found a minimum. The other solvers of this package measure what they claim. To a
+    simple root all are held that have not looked.
     """
+    if not _claims(solver):
+        return None
     theirs = type(solver).__module__.partition(".")[0] == "optimistix"
     stepping = theirs or isinstance(solver, FIRE)
     coarse = coarse_epsilon(outcome.y)
@@ -124,10 +124,12 @@ def _claim_of(
         distance = least
     extremal = isinstance(condition, (Minimum, LeastSquares))
     minimum = extremal and (stepping or isinstance(solver, AbstractHostSolver))
-    if not isinstance(solver, _CLAIMING):
-        return None
     multiple = coarse is None and _may_be_multiple(solver, outcome.stats)
     return Claim(distance, minimum, multiple)
+
+
+def _claims(solver: Any) -> bool:
+    return isinstance(solver, (optx.AbstractIterativeSolver, AbstractHostSolver))
 
 
 def _may_be_multiple(solver: Any, stats: dict[str, Any]) -> Bool[Array, ""] | bool:
