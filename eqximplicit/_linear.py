@@ -22,7 +22,7 @@ from ._custom_types import LinearSolver, PyTree
 from ._lanes import any_lane
 from ._linearise import Linearised
 from ._one_kernel import in_one_kernel
-from ._primitives import flatten, Leaves, linear_solve, LinearSystem
+from ._primitives import flatten, Leaves, linear_solve, LinearSystem, once
 from ._solution import is_successful
 from ._state import all_finite, nonzero_and_finite, real_dtype, stop_gradient
 from .linear_solvers import LeastNorm
@@ -310,7 +310,8 @@ def differentiable_linear_solve(
     state = factorised(rule, operator, value, y)
     if claim is not None and is_direct(rule.solver, operator):
         of_y, solved = lambda y: residual(frozen, y), _solution_of(rule, state)
-        simple = _is_simple(claim.multiple, solved, of_y, y, value)
+        left = jtu.tree_map(once, value)  # a step of rounding is one step, not several
+        simple = _is_simple(claim.multiple, solved, of_y, y, left)
         rule = _trusted_if(rule, simple)
     movable = _is_movable(rule, state, sample)
     f_leaves, factors = flatten((rule, state, doubt, movable))

@@ -104,10 +104,10 @@ class LinearSystem:
 
     def solution(self, factors: Leaves, vector: Leaves) -> Leaves:
         solve = self.solve_transposed if self.transposed else self.solve
-        return solve(factors, list(map(_once, vector)) if self.cancels else vector)
+        return solve(factors, list(map(once, vector)) if self.cancels else vector)
 
 
-def _once(x: Array) -> Array:
+def once(x: Array) -> Array:
     """`x`, which XLA computes once: a quotient is not repeated in all that uses it.
 
     What is only rounding is another number each time, and no solution fits them all.

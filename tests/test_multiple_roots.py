@@ -183,6 +183,26 @@ def test_one_direction_of_six_bends(name):
     np.testing.assert_allclose(jax.grad(solve)(jnp.array(0.36)), 0.5 / 0.6, rtol=1e-4)
 
 
+def test_a_residual_of_rounding_bends_nothing():
+    """Newton's step from a minimum in single precision is rounding, but one step."""
+    n, draw = 6, np.random.default_rng(0)
+    shape = 300, 20, n
+    data = draw.normal(size=shape), draw.choice([-1.0, 1.0], size=shape[:2])
+    x, labels, weights = (
+        jnp.asarray(a, jnp.float32) for a in (*data, draw.normal(size=(300, n)))
+    )
+
+    def objective(y, args):
+        x, labels, weights = args
+        loss = jnp.sum(jnp.logaddexp(0, -labels * (x @ y)))
+        return loss + jnp.sum(jnp.exp(weights) * y**2) / 2
+
+    solve = eqi.ImplicitFunction(eqi.Minimum(objective), throw=False)
+    total = lambda args: jnp.sum(solve(jnp.zeros(n, jnp.float32), args))
+    gradients = jax.jit(jax.vmap(jax.grad(total)))((x, labels, weights))
+    assert np.isfinite(gradients[2]).all()
+
+
 # Those whose Jacobian is singular at the root.
 SINGULAR = {"Powell singular", "sample 19"}
 
