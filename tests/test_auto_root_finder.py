@@ -33,6 +33,7 @@ def _run(system, dtype=jnp.float64):
     return _largest(system, x), stats, bool(claimed)
 
 
+@pytest.mark.slow
 def test_every_standard_system_is_solved_at_low_cost():
     runs = {system.name: _run(system) for system in STANDARD_SYSTEMS}
     missed = [name for name, run in runs.items() if not (run[0] < SOLVED and run[2])]
@@ -284,6 +285,7 @@ def test_a_large_state_that_is_not_solved_says_why(fn, reason):
     assert stats["result"] == reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3, 5, 501])
 @pytest.mark.parametrize("unit", [pytest.param(1.0, marks=pytest.mark.slow), 1e8, 1e12])
 def test_equations_in_large_units_are_solved_to_rounding(unit, n):

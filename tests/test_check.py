@@ -62,6 +62,7 @@ def test_right_derivative_is_ok_and_every_witness_agrees():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", [pytest.param("forward", marks=pytest.mark.slow), "reverse"]
 )

@@ -223,6 +223,7 @@ def stiff_ridge(stiffness):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entries", "dtype", "stiffness", "tol"),
     [
@@ -252,6 +253,7 @@ def sheet(y, a):
     return jnp.sum(jnp.cosh(jnp.asarray(rows, y.dtype) @ (y - a)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entries", "dtype"),
     [

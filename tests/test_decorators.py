@@ -262,6 +262,7 @@ def imaml_problem():
     return jnp.array(x), jnp.array(y)
 
 
+@pytest.mark.slow
 def test_meta_gradient_of_a_proximal_inner_problem():
     # φ*(θ) = argmin mean (x φ_w + φ_b - y)² + ½ |φ - θ|²; a state of two leaves.
     x, y = imaml_problem()

@@ -130,6 +130,7 @@ def rotated(y, args):
     return jax.nn.softplus(turned) + y - shift
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [None, eqi.AutoRootFinder(rtol=1e-10, atol=1e-10)])
 def test_many_small_roots_and_their_derivatives(solver):
     draw = np.random.default_rng(1)

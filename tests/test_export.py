@@ -91,6 +91,7 @@ def test_batch_of_larger_solves_is_exported(condition):
     assert_same_at_two_sizes(jax.vmap(one), 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n == "fixed point" else pytest.param(n, marks=slow) for n in BATCHED],

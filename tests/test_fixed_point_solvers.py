@@ -92,6 +92,7 @@ def scipy_evaluations(p: FixedPointMap) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY_MAP)
 def test_every_map_is_solved_in_no_more_evaluations_than_scipy(name):
     sol = auto_solution(name)
@@ -189,6 +190,7 @@ def test_host_function_is_solved_and_counted():
     assert calls - 1 <= int(stats["num_steps"]) <= calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fn",
     [lambda y, _: y**2 - 1, lambda y, _: jnp.exp(y) - 2.5, lambda y, _: 5 * jnp.cos(y)],
@@ -216,6 +218,7 @@ def test_a_turning_linear_map_is_solved_once_the_pairs_span_its_space(n, rate, e
     np.testing.assert_allclose(sol.value, exact, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_rescue_solves_what_anderson_does_not():
     angle = np.linspace(0.3, 2.8, 7)
     blocks = [[[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]] for a in angle]
@@ -234,6 +237,7 @@ def test_rescue_solves_what_anderson_does_not():
     np.testing.assert_allclose(fn(auto.value, b), auto.value, atol=1e-10)
 
 
+@pytest.mark.slow
 @each_solver
 def test_gradients_agree_with_the_closed_form_however_they_are_taken(solver):
     solver = SOLVERS[solver]
@@ -279,6 +283,7 @@ def test_a_bad_lane_harms_no_other(solver):
     assert int(num_steps[2]) == int(alone[2])
 
 
+@pytest.mark.slow
 def test_ten_thousand_lanes_stop_one_by_one_and_are_compiled_once():
     traces, lanes, bad = [], 10_000, np.array([17, 4321])
 

@@ -98,6 +98,7 @@ def test_no_minimum_is_claimed_where_single_precision_still_sees_a_fall(solve, f
     assert found == bool(sol.result == RESULTS.successful)
 
 
+@pytest.mark.slow
 def test_small_gradient_in_a_soft_direction_is_told_from_a_minimum():
     # The gradient is first within tolerance at more than 1.1 times the minimum.
     sol = eqi.minimise(watson, jnp.zeros(12), throw=False)

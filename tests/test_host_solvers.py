@@ -393,6 +393,7 @@ def scipy_cubic(y0, a):
     return jnp.sum(layer(y0, a))
 
 
+@pytest.mark.slow
 def test_derivative_of_a_host_solver_at_a_python_float():
     gradient = jax.grad(lambda a: scipy_cubic(jnp.ones(2, jnp.float32), a))(2.0)
     np.testing.assert_allclose(gradient, 2 / 4, rtol=1e-5)

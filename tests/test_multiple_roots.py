@@ -133,6 +133,9 @@ UNAWARE = {
 }
 
 
+QUICK = ["root, Levenberg-Marquardt", "root, Broyden", "minimum, BFGS"]
+
+
 def stated(kind, fn):
     """The equation `fn(y, a) = 0` for the condition `kind`."""
     if kind is eqi.FixedPoint:
@@ -154,7 +157,15 @@ def attached(name, fn, y0):
 
 
 @pytest.mark.parametrize("shape", [(), pytest.param((4,), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", UNAWARE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "," in name else ())
+        for name in UNAWARE
+        if name not in QUICK
+    ]
+    + QUICK,
+)
 def test_solvers_that_do_not_look(name, shape):
     turning = UNAWARE[name][0] is not eqi.Minimum
     fn = (lambda y, a: y**2 - a) if turning else (lambda y, a: y**3 - a * y)

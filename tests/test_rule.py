@@ -149,6 +149,7 @@ def test_second_derivatives_agree_in_all_four_orders(problem):
     check_second_derivatives(problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver_name",
     [

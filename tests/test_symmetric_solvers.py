@@ -305,6 +305,7 @@ def test_flat_direction_of_an_indefinite_matrix_is_found(n, dtype):
 # --- lineax's own derivative ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lineax_differentiates_a_wide_least_norm_solution():
     rng = np.random.default_rng(0)
     wide, t_wide = (jnp.asarray(rng.normal(size=(3, 5))) for _ in range(2))
