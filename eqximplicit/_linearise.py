@@ -84,7 +84,7 @@ def _step(eqn: Equation, ins: list[_Value]) -> Sequence[_Value]:
         read = variables(eqn, [x.array if isinstance(x, _Linear) else x for x in ins])
         outs = as_function(eqn, list(read))(*read.values())
         return list(map(_Linear, outs)) if arrays else outs
-    if eqn.primitive.name in _SUMS:
+    if eqn.primitive.name in _SUMS and moved[0].shape == eqn.outvars[0].aval.shape:
         return list(map(_Linear, moved))
     if eqn.primitive.name in CALLS:
         body = eqn.params["jaxpr"]

@@ -32,6 +32,7 @@ def until(x, y):
 
 MIXING = {
     "sums": lambda x, y: x + y - 2 * (x - y),
+    "a number added to each": lambda x, y: jax.lax.add(jnp.sin(y), x[0]) * x,
     "products": lambda x, y: x * y + jnp.outer(x, y) @ jnp.sin(y),
     "only one": lambda x, y: (jnp.sin(x), jnp.cos(y), jnp.ones(3)),
     "select": lambda x, y: jnp.where(jnp.array([True, False, True]), x**2, y**3),
