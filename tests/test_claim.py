@@ -58,7 +58,11 @@ SOLVERS = {
 
 # optimistix's trust regions keep a radius in double precision, beside any state.
 DOUBLE_ONLY = ("Levenberg-Marquardt", "Levenberg-Marquardt, root", "dogleg")
-CASES = [(name, np.float64) for name in SOLVERS]
+QUICK = ("BFGS", "Levenberg-Marquardt", "Newton", "Picard")
+CASES = [
+    pytest.param(name, np.float64, marks=() if name in QUICK else pytest.mark.slow)
+    for name in SOLVERS
+]
 CASES += [
     pytest.param(name, np.float32, marks=pytest.mark.slow)
     for name in SOLVERS

@@ -288,6 +288,7 @@ def test_inference_mode_needs_no_key():
 # --- In a model
 
 
+@pytest.mark.slow
 def test_sequential_passes_each_example_and_key_through():
     cell = DropoutCell(make_cell(), eqx.nn.Dropout(0.4))
     head = eqx.nn.Linear(HIDDEN, 2, key=jax.random.key(0))
@@ -540,6 +541,7 @@ def test_frobenius_estimate_is_exact_for_a_diagonal_jacobian():
     np.testing.assert_allclose(got, 0.25 + 4 + 9, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_frobenius_estimate_is_unbiased_and_differentiable():
     cell, x = make_cell(), X[0]
     z = jnp.asarray(solution_in_numpy(cell, x))
@@ -567,6 +569,7 @@ def test_frobenius_estimate_is_unbiased_and_differentiable():
     np.testing.assert_allclose(grad, want_grad, atol=0.1 * scale)
 
 
+@pytest.mark.slow
 def test_frobenius_estimate_of_a_tree_of_mixed_precision():
     def fn(y, _):
         return {"a": 2 * y["a"], "b": 3 * y["b"]}
@@ -614,6 +617,7 @@ def test_spectral_radius_of_a_cell_is_the_largest_eigenvalue():
     np.testing.assert_allclose(got, np.max(np.abs(dense)), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_jacobian_numbers_under_vmap():
     cell, key = make_cell(), jax.random.key(0)
     z = jax.vmap(DEQ(cell, PLAIN))(X)

@@ -70,6 +70,7 @@ SOLVERS = {
 LATER = [name for name in SOLVERS if name != "default"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "name"),
     [

@@ -86,6 +86,7 @@ def test_badly_scaled_root_is_found_as_least_squares():
     np.testing.assert_allclose(sol.value, [1.098159329e-5, 9.106146738], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 10.0])
 @pytest.mark.parametrize("solve", [eqi.minimise, eqi.least_squares])
 def test_no_minimum_is_claimed_where_single_precision_still_sees_a_fall(solve, factor):
@@ -146,6 +147,7 @@ def test_gradient_whose_square_overflows_leads_down():
     np.testing.assert_allclose(sol.value, 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [8, 100], ids=["dense", "matrix-free"])
 def test_outlook_is_that_of_the_newton_step(n):
     rng = np.random.default_rng(0)

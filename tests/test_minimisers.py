@@ -261,6 +261,7 @@ def test_saddle_is_reported(y0):
     np.testing.assert_allclose(sol.stats["min_curvature"], -2.0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_saddle_in_many_dimensions_is_found_by_lanczos():
     weights = jnp.linspace(1.0, 5.0, 500).at[137].set(-0.5)
     tree = lambda y: jnp.concatenate([y["a"], y["b"].reshape(-1)])
@@ -466,6 +467,7 @@ def test_cluster_that_is_not_quite_at_rest_has_its_derivative(shape):
     np.testing.assert_allclose(slope, value / 1.1, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 400])
 def test_a_convex_minimum_is_found_by_newton_steps_alone(n):
     fn = lambda y, a: jnp.sum(jnp.cosh(y - a)) + jnp.sum((y - a) ** 4)

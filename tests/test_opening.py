@@ -267,6 +267,7 @@ def test_a_failed_solve_returns_nothing_worse_than_the_start_nor_a_foreign_aux()
     np.testing.assert_allclose(found.stats["residual_norm"], residual(found.value))
 
 
+@pytest.mark.slow
 def test_lanes_that_leave_the_opening_at_different_steps_are_solved_alone():
     # Contractive, slow, expansive, and one that overflows at once.
     slopes = jnp.array([0.1, 0.97, -2.5, -0.8, 1e200])

@@ -452,6 +452,7 @@ def test_large_system_after_hundreds_of_thousands_of_steps():
         assert_large_gradient(found.grad_contact[name], f"dcontact_r2_d{name}")
 
 
+@pytest.mark.slow
 def test_large_system_has_the_same_gradient_however_its_minimum_is_found():
     """Small steps into the basin, then large ones: a derivative knows no path."""
     system = System(LARGE)

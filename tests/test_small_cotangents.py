@@ -30,6 +30,7 @@ def cell(y, x):
     return jnp.tanh(jnp.asarray(weights(y.size), y.dtype) @ y + x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 7, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_derivative_is_linear_in_what_it_is_asked(name, n):

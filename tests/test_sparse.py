@@ -857,6 +857,7 @@ def test_default_asks_the_iterations_where_elimination_has_no_answer():
     np.testing.assert_allclose(gradient, exact, rtol=0.05, atol=0.01 * exact.max())
 
 
+@pytest.mark.slow
 def test_products_that_do_not_fit_are_refused_with_their_bytes():
     """A dense row and a dense column: every column has a colour of its own."""
 

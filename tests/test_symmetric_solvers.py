@@ -122,6 +122,7 @@ def test_minimum_has_a_derivative_in_mixed_precision(n, state, inside, rtol):
         np.testing.assert_allclose(got.astype(float), want, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_least_squares_has_a_derivative_in_half_precision(n):
     def residual(z, args):
@@ -147,6 +148,7 @@ def test_least_squares_has_a_derivative_in_half_precision(n):
         np.testing.assert_allclose(got, want, rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [DirectSymmetric(), *SPECTRAL])
 @pytest.mark.parametrize("n", [2, 3, 5, 40])
 def test_matrix_that_is_nearly_symmetric_is_inverted_without_its_tag(n, solver):
