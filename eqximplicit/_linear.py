@@ -31,17 +31,9 @@ from .linear_solvers._measured import (
     as_given,
     Asked,
     in_range,
-    is_direct,
     Measured,
 )
-from .linear_solvers._residual import (
-    even,
-    is_zero,
-    norm,
-    scale,
-    where,
-    zeros_like,
-)
+from .linear_solvers._residual import even, is_zero, norm, scale
 from .linear_solvers.checked import checked
 from .solvers._multiple import bends
 
@@ -153,35 +145,6 @@ def _direct(
     return asked, _answer(rule, state, asked)
 
 
-def _is_simple(
-    in_question: Bool[Array, ""] | bool,
-    solved: Callable[[PyTree[Array]], PyTree[Array]],
-    residual: Callable[[PyTree[Array]], PyTree[Array]],
-    y: PyTree[Array],
-    value: PyTree[Array],
-) -> Bool[Array, ""]:
-    """Whether a root `y` is simple, where that is in question."""
-    straight = lambda: ~bends(residual, solved, y, value)
-    if isinstance(in_question, bool):
-        return straight() if in_question else jnp.asarray(True)
-    asked = lambda: lax.bitwise_not(in_question) | straight()
-    yes = lambda: jnp.ones_like(in_question)
-    return lax.cond(any_lane(in_question), asked, yes)
-
-
-def _solution_of(
-    rule: LinearRule, state: Any
-) -> Callable[[PyTree[Array]], PyTree[Array]]:
-    """What the solver makes of a right-hand side, as it is."""
-
-    def solved(vector: PyTree[Array]) -> PyTree[Array]:
-        asked, found = _direct(rule, state, vector)
-        x = where(found.asked, found.x, zeros_like(found.x))
-        return x if asked.back is None else scale(asked.back, x)
-
-    return solved
-
-
 def transposed(
     rule: LinearRule, state: Any, vector: PyTree[Array]
 ) -> tuple[Asked, Measured]:
@@ -225,6 +188,29 @@ def _examined(
         return rule, None
     distance = jnp.asarray(claim.distance, real_dtype(y))
     return rule, Doubt(y, value, distance, mv(even(y)))
+
+
+def _unless_multiple(
+    rule: LinearRule,
+    claim: Claim | None,
+    state: Any,
+    residual: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    value: PyTree[Array],
+) -> LinearRule:
+    """The rule, trusted only at a simple root, where that is in question."""
+    solver, asked = rule.solver, claim is not None and claim.multiple
+    measured = isinstance(solver, AbstractMeasuredSolver)
+    if asked is False or not (measured and solver.is_direct(state)):
+        return rule
+    left = jtu.tree_map(once, value)  # a step of rounding is one step, not several
+    solved = lambda b: solver.compute(state, b, rule.options)[0]
+    simple = lambda: lax.bitwise_not(bends(residual, solved, y, left))
+    if asked is True:
+        return _trusted_if(rule, simple())
+    fine = lax.bitwise_not(asked)
+    found = lax.cond(any_lane(asked), lambda: fine | simple(), lambda: fine)
+    return _trusted_if(rule, found)
 
 
 def _is_movable(
@@ -308,11 +294,8 @@ def differentiable_linear_solve(
     rule = dataclasses.replace(rule, solver=checked(rule.solver, operator))
     rule, doubt = _examined(rule, claim, y, value, mv)
     state = factorised(rule, operator, value, y)
-    if claim is not None and is_direct(rule.solver, operator):
-        of_y, solved = lambda y: residual(frozen, y), _solution_of(rule, state)
-        left = jtu.tree_map(once, value)  # a step of rounding is one step, not several
-        simple = _is_simple(claim.multiple, solved, of_y, y, left)
-        rule = _trusted_if(rule, simple)
+    of_y = lambda y: residual(frozen, y)
+    rule = _unless_multiple(rule, claim, state, of_y, y, value)
     movable = _is_movable(rule, state, sample)
     f_leaves, factors = flatten((rule, state, doubt, movable))
 

@@ -91,11 +91,8 @@ def test_batch_of_larger_solves_is_exported(condition):
     assert_same_at_two_sizes(jax.vmap(one), 40)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "fixed point" else pytest.param(n, marks=slow) for n in BATCHED],
-)
+@slow
+@pytest.mark.parametrize("name", BATCHED)
 def test_solve_of_a_batched_state_is_exported(name):
     assert_same_at_two_sizes(lambda x: BATCHED[name](jnp.zeros_like(x), x))
 

@@ -70,7 +70,6 @@ SOLVERS = {
 LATER = [name for name in SOLVERS if name != "default"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "name"),
     [

@@ -838,7 +838,7 @@ def on_a_ring(num_nodes, linear_solver):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_nodes", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_nodes", [2, 5])
 def test_least_norm_in_reverse_asks_whether_parameters_leave_a_solution(num_nodes):
     ct = np.random.default_rng(RNG_SEED).normal(size=num_nodes)
     ct -= ct.mean()

@@ -131,9 +131,11 @@ UNAWARE = {
     "minimum, SciPy": (eqi.Minimum, eqi.ScipyMinimize()),
     "least squares": (eqi.LeastSquares, None),
 }
-
-
-QUICK = ["root, Levenberg-Marquardt", "root, Broyden", "minimum, BFGS"]
+# The others are left to the slow session.
+QUICK = (
+    *("root, Levenberg-Marquardt", "root, Broyden", "minimum, BFGS"),
+    *("fixed point", "minimum", "least squares"),
+)
 
 
 def stated(kind, fn):
@@ -160,11 +162,9 @@ def attached(name, fn, y0):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if "," in name else ())
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
         for name in UNAWARE
-        if name not in QUICK
-    ]
-    + QUICK,
+    ],
 )
 def test_solvers_that_do_not_look(name, shape):
     turning = UNAWARE[name][0] is not eqi.Minimum
@@ -192,6 +192,17 @@ def test_one_direction_of_six_bends(name):
     solve = attached(name, fn, np.full(6, 2.0))
     assert np.isnan(jax.grad(solve)(jnp.array(0.0)))
     np.testing.assert_allclose(jax.grad(solve)(jnp.array(0.36)), 0.5 / 0.6, rtol=1e-4)
+
+
+def test_plain_iteration_that_stops_early_at_a_double_root():
+    solver = optx.FixedPointIteration(rtol=1e-5, atol=1e-5)
+    condition = eqi.FixedPoint(lambda y, a: y - (y**2 - a))
+    solve = eqi.ImplicitFunction(condition, solver, throw=False)
+    slope = jax.jit(jax.grad(lambda a: solve(jnp.array(0.2), a)))
+    found = solve.solve(jnp.array(0.2), jnp.array(0.0))
+    assert found.result == eqi.RESULTS.successful
+    assert np.isnan(slope(0.0))
+    np.testing.assert_allclose(slope(0.36), 0.5 / 0.6, rtol=1e-3)
 
 
 def test_a_residual_of_rounding_bends_nothing():

@@ -30,8 +30,9 @@ def cell(y, x):
     return jnp.tanh(jnp.asarray(weights(y.size), y.dtype) @ y + x)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 7, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 80))]
+)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_derivative_is_linear_in_what_it_is_asked(name, n):
     solver = optx.FixedPointIteration(rtol=1e-6, atol=1e-6)

@@ -123,7 +123,7 @@ def test_minimum_has_a_derivative_in_mixed_precision(n, state, inside, rtol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [2, 3, 8])
 def test_least_squares_has_a_derivative_in_half_precision(n):
     def residual(z, args):
         matrix, x = args

@@ -55,9 +55,9 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
     ) -> Measured:
         """Returns the solution with its judgement."""
 
-    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
-        """Whether the state for `operator` makes another solve cheap, and exact."""
-        del operator
+    def is_direct(self, state: _State) -> bool:
+        """Whether `state` is a factorisation, which makes another solve cheap."""
+        del state
         return False
 
     def compute(
@@ -76,9 +76,13 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
         return x, found.result, stats
 
 
-def is_direct(solver: LinearSolver, operator: lx.AbstractLinearOperator) -> bool:
-    """Whether a solver, measured if it is for regular systems, factorises."""
-    return isinstance(solver, AbstractMeasuredSolver) and solver.is_direct(operator)
+class AbstractDirectSolver(AbstractMeasuredSolver[_State]):
+    """One that factorises every operator."""
+
+    def is_direct(self, state: _State) -> bool:
+        """Whether `state` is a factorisation, which makes another solve cheap."""
+        del state
+        return True
 
 
 class Asked(NamedTuple):

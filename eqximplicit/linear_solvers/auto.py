@@ -181,9 +181,9 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
         solver = self.select(operator).solver
         return AutoState(solver, solver.init(operator, options))
 
-    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
-        """Whether the chosen solver factorises."""
-        return self.select(operator).solver.is_direct(operator)
+    def is_direct(self, state: AutoState) -> bool:
+        """Whether the chosen solver has factorised."""
+        return state.solver.is_direct(state.inner)
 
     def answer(
         self, state: AutoState, vector: PyTree[Array], options: dict[str, Any]

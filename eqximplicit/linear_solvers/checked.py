@@ -109,9 +109,9 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
             regular = self._survives_probe(operator, inner, struct, options)
         return CheckedState(inner, lx.linearise(operator), regular, bands)
 
-    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
-        """Whether the inner solver is for one right-hand side after the other."""
-        return isinstance(_selected(self.solver, operator), _DIRECT)
+    def is_direct(self, state: CheckedState) -> bool:
+        """Whether the inner solver eliminates or substitutes."""
+        return isinstance(_selected(self.solver, state.operator), _DIRECT)
 
     def _survives_probe(
         self,

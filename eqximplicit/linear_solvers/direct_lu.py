@@ -27,7 +27,7 @@ from ._dense import (
     singular_below,
 )
 from ._elimination import Carried, eliminated, Exchanged
-from ._measured import AbstractMeasuredSolver, judged, Measured, measured
+from ._measured import AbstractDirectSolver, judged, Measured, measured
 from ._residual import epsilon, even, norm, structure
 from ._small import LARGEST, small_solution, small_state, SmallState
 
@@ -93,7 +93,7 @@ class LUState(eqx.Module):
     transposed: bool = eqx.field(static=True)
 
 
-class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
+class DirectLU(AbstractDirectSolver[LUState | SmallState]):
     r"""LU with partial pivoting that refuses a singular matrix; closed form, `n <= 3`.
 
     The result is `lx.RESULTS.singular` where elimination has cancelled a pivot to less
@@ -109,11 +109,6 @@ class DirectLU(AbstractMeasuredSolver[LUState | SmallState]):
     """
 
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
-
-    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
-        """Whether the state for `operator` makes another solve cheap, and exact."""
-        del operator
-        return True
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -30,7 +30,7 @@ from ._dense import (
     uncertainty,
     zero_below,
 )
-from ._measured import AbstractMeasuredSolver, Measured, measured
+from ._measured import AbstractDirectSolver, Measured, measured
 from ._residual import dot, epsilon, norm, structure
 from ._small import dense, LARGEST
 
@@ -98,7 +98,7 @@ def _spectral(
     return _Spectral(vectors, weights, jnp.all(keep), soft, indefinite)
 
 
-class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
+class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
     r"""Cholesky, and the pseudo-inverse where a symmetric matrix is not definite.
 
     A Hessian that is singular because of a symmetry (a translation of all particles,
@@ -136,11 +136,6 @@ class DirectSymmetric(AbstractMeasuredSolver[SymmetricState]):
 
     rcond: float | None = None
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
-
-    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
-        """Whether the state for `operator` makes another solve cheap, and exact."""
-        del operator
-        return True
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._custom_types import PyTree
 from ._dense import consistency_limit, MAX_BYTES, residual_limit
-from ._measured import AbstractMeasuredSolver, Measured, measured
+from ._measured import AbstractDirectSolver, Measured, measured
 from ._residual import dot, epsilon, norm
 from ._spectral import decompose, lost, SpectralState, Structure, structure_key
 
@@ -29,7 +29,7 @@ class LeastNormState(eqx.Module):
         return LeastNormState(across, spectrum.domain, flipped)
 
 
-class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
+class LeastNorm(AbstractDirectSolver[LeastNormState]):
     r"""The minimum-norm solution $x = A^{+} b$ of a consistent system, singular or not.
 
     Where the system has no solution, that is, where the measured residual
@@ -64,11 +64,6 @@ class LeastNorm(AbstractMeasuredSolver[LeastNormState]):
     rcond: float | None = None
     least_squares: bool = eqx.field(default=False, static=True)
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
-
-    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
-        """Whether the state for `operator` makes another solve cheap, and exact."""
-        del operator
-        return True
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Inexact
 from .._custom_types import PyTree, ShapeDtypeStruct
 from .._state import every
 from ._dense import MAX_BYTES
-from ._measured import AbstractMeasuredSolver, Measured
+from ._measured import AbstractDirectSolver, Measured
 from ._pattern import (
     detect_structure as detect_structure,
     flat_size,
@@ -90,7 +90,7 @@ class _SparseState(eqx.Module):
     transposed: bool = eqx.field(static=True)
 
 
-class SparseDirect(AbstractMeasuredSolver[_SparseState]):
+class SparseDirect(AbstractDirectSolver[_SparseState]):
     r"""A sparse direct solver; the sparsity is found from the operator's jaxpr.
 
     Entries come from as many products as the pattern has colours; those of diagonals,
@@ -146,11 +146,6 @@ class SparseDirect(AbstractMeasuredSolver[_SparseState]):
                 f"`SparseDirect` has no backend {self.backend!r}; it has "
                 f"{', '.join(map(repr, get_args(Backend)))}."
             )
-
-    def is_direct(self, operator: lx.AbstractLinearOperator) -> bool:
-        """Whether the state for `operator` makes another solve cheap, and exact."""
-        del operator
-        return True
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

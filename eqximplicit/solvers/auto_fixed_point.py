@@ -52,7 +52,8 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, Stat
     contraction does not stop early. A residual within tolerance that is down to
     rounding is a success as well. Otherwise `stats["result"]` says why not: the
     tolerance is out of reach, the residual has a local minimum, `fn` is not finite at
-    `y0`, or `max_steps`, the number of evaluations allowed.
+    `y0`, or `max_steps`, the number of evaluations allowed. `stats["amplification"]` is
+    the estimated error per residual.
 
     Leaves may differ in dtype; complex leaves count as vectors over the reals. `fn` is
     never differentiated. The steps are differentiable
