@@ -12,15 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree
+from ._lanes import any_lane
 from ._state import max_abs
 from .linear_solvers._residual import inner
 from .solvers._curvature import extreme_curvatures, is_negative
 from .solvers._default import ROUNDINGS
+from .solvers._multiple import bends, bends_along
 
 
 class Claim(eqx.Module):
@@ -71,6 +74,34 @@ class Doubt(eqx.Module):
     def _allowed(self) -> Float[Array, ""]:
         """The square of the longest step."""
         return self.distance**2 * (1 + inner(self.y, self.y))
+
+
+class Bend(eqx.Module):
+    """The residual near a value that may be a multiple root of a symmetric system."""
+
+    y: PyTree[Array]
+    value: PyTree[Array]
+    coefficients: Any
+    asked: Bool[Array, ""] | bool
+    residual: Callable[[Any, PyTree[Array]], PyTree[Array]] = eqx.field(static=True)
+
+    def is_found(
+        self, solved: Callable[[PyTree[Array]], PyTree[Array]], *, in_loop: bool
+    ) -> Bool[Array, ""]:
+        """Whether there is one along Newton's step; `solved` takes `b` to `A⁻¹ b`."""
+        bent = lambda: bends(self._of_y, solved, self.y, self.value, in_loop=in_loop)
+        if isinstance(self.asked, bool):
+            return bent()
+        no = jnp.zeros_like(self.asked)
+        return lax.cond(any_lane(self.asked), lambda: self.asked & bent(), lambda: no)
+
+    def contradicts(self, vector: PyTree[Array], x: PyTree[Array]) -> Bool[Array, ""]:
+        """Whether there is one along the solution `x` of `A x = vector`."""
+        bent = bends_along(self._of_y, self.y, self.value, vector, x)
+        return bent & self.asked
+
+    def _of_y(self, y: PyTree[Array]) -> PyTree[Array]:
+        return self.residual(self.coefficients, y)
 
 
 def is_saddle(

@@ -6,6 +6,7 @@ throws nor calls the host.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,9 +18,8 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ._claim import Claim, Doubt, is_saddle
+from ._claim import Bend, Claim, Doubt, is_saddle
 from ._custom_types import LinearSolver, PyTree
-from ._lanes import any_lane
 from ._linearise import Linearised
 from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem, once
@@ -35,7 +35,6 @@ from .linear_solvers._measured import (
 )
 from .linear_solvers._residual import even, is_zero, norm, scale
 from .linear_solvers.checked import checked
-from .solvers._multiple import bends
 
 # How many times the gradient over the state an operator may be off.
 _UNSURE = 4.0
@@ -114,26 +113,32 @@ class _System(NamedTuple):
     rule: LinearRule
     state: Any
     doubt: Doubt | None
+    bend: Bend | None
     movable: Bool[Array, ""] | None  # as `_is_movable`
 
 
 def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # At a double root ∂F/∂θ is zero together with ∂F/∂y: that zero says nothing.
-    rule, state, doubt, _ = system
+    rule, state, doubt, bend, _ = system
     asked, found = _direct(rule, state, vector)
     singular = jnp.asarray(found.result == lx.RESULTS.singular) | ~rule.trusted
-    wrong = None if doubt is None else doubt.contradicts()
+    signs = [] if doubt is None else [doubt.contradicts()]
+    if bend is not None:
+        signs.append(bend.contradicts(asked.vector, found.x))
+    wrong = functools.reduce(lax.bitwise_or, signs) if signs else None
     return _solved(rule, found, asked.back, found.asked | singular, wrong)
 
 
 def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # A zero cotangent is a lane that nobody asks about, and it must stay zero.
-    rule, state, doubt, movable = system
+    rule, state, doubt, bend, movable = system
     asked, found = transposed(rule, state, vector)
-    wrong = None if movable is None else ~movable
+    signs = [] if movable is None else [lax.bitwise_not(movable)]
     if doubt is not None:
-        far = doubt.contradicts_cotangent(asked.vector, found.x)
-        wrong = far if wrong is None else wrong | far
+        signs.append(doubt.contradicts_cotangent(asked.vector, found.x))
+    if bend is not None:
+        signs.append(bend.contradicts(asked.vector, found.x))
+    wrong = functools.reduce(lax.bitwise_or, signs) if signs else None
     return _solved(rule, found, asked.back, found.asked, wrong)
 
 
@@ -190,27 +195,42 @@ def _examined(
     return rule, Doubt(y, value, distance, mv(even(y)))
 
 
-def _unless_multiple(
-    rule: LinearRule,
+def _bend_in_question(
     claim: Claim | None,
-    state: Any,
-    residual: Callable[[PyTree[Array]], PyTree[Array]],
+    residual: Callable[[Any, PyTree[Array]], PyTree[Array]],
+    coefficients: Any,
     y: PyTree[Array],
     value: PyTree[Array],
-) -> LinearRule:
-    """The rule, trusted only at a simple root, where that is in question."""
-    solver, asked = rule.solver, claim is not None and claim.multiple
-    measured = isinstance(solver, AbstractMeasuredSolver)
-    if asked is False or not (measured and solver.is_direct(state)):
-        return rule
+) -> Bend | None:
+    if claim is None or claim.multiple is False:
+        return None
     left = jtu.tree_map(once, value)  # a step of rounding is one step, not several
-    solved = lambda b: solver.compute(state, b, rule.options)[0]
-    simple = lambda: lax.bitwise_not(bends(residual, solved, y, left))
-    if asked is True:
-        return _trusted_if(rule, simple())
-    fine = lax.bitwise_not(asked)
-    found = lax.cond(any_lane(asked), lambda: fine | simple(), lambda: fine)
-    return _trusted_if(rule, found)
+    return Bend(y, left, coefficients, claim.multiple, residual)
+
+
+def _unless_multiple(
+    rule: LinearRule, bend: Bend | None, state: Any, symmetric: bool
+) -> tuple[LinearRule, Bend | None]:
+    """The rule, trusted only at a simple root, and what each of its answers is asked.
+
+    A factorisation makes Newton's step cheap. An iteration of a symmetric operator is
+    asked along its answers instead; of any other, it has Newton's step to find.
+    """
+    solver = rule.solver
+    ours = isinstance(solver, AbstractMeasuredSolver)
+    if bend is None or not (ours and solver.is_exact(state)):
+        return rule, None
+    direct = solver.is_direct(state)
+    if symmetric and not direct:
+        return rule, bend
+
+    def solved(b: PyTree[Array]) -> PyTree[Array]:
+        asked = _normalised(rule, b, rule.options)
+        x = solver.another(state, asked.vector, asked.options)
+        return x if asked.back is None else scale(asked.back, x)
+
+    bent = bend.is_found(solved, in_loop=not direct)
+    return _trusted_if(rule, lax.bitwise_not(bent)), None
 
 
 def _is_movable(
@@ -294,10 +314,10 @@ def differentiable_linear_solve(
     rule = dataclasses.replace(rule, solver=checked(rule.solver, operator))
     rule, doubt = _examined(rule, claim, y, value, mv)
     state = factorised(rule, operator, value, y)
-    of_y = lambda y: residual(frozen, y)
-    rule = _unless_multiple(rule, claim, state, of_y, y, value)
+    bend = _bend_in_question(claim, residual, frozen, y, value)
+    rule, bend = _unless_multiple(rule, bend, state, lx.is_symmetric(operator))
     movable = _is_movable(rule, state, sample)
-    f_leaves, factors = flatten((rule, state, doubt, movable))
+    f_leaves, factors = flatten((rule, state, doubt, bend, movable))
 
     def apply(leaves: Leaves, v: Leaves) -> Leaves:
         coefficients, y = linearised_at.restored(leaves)

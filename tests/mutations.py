@@ -72,9 +72,16 @@ MUTANTS = [
     Mutant(
         "a multiple root is a simple one",
         "_linear.py",
-        "lax.bitwise_not(bends(residual, solved, y, left))",
-        "bends(residual, solved, y, left)",
+        "return _trusted_if(rule, lax.bitwise_not(bent)), None",
+        "return rule, None",
         "tests/test_multiple_roots.py -k 'do_not_look'",
+    ),
+    Mutant(
+        "a large minimum has no weak direction",
+        "_linear.py",
+        "return rule, bend",
+        "return rule, None",
+        "tests/test_multiple_roots.py -k 'large_minimum'",
     ),
     Mutant(
         "arguments at rest",

@@ -17,7 +17,7 @@ def layer(fn, solver=None):
 
 
 def coupled(first):
-    """A system of six unknowns, of which the first is alone."""
+    """A system of several unknowns, of which the first is alone."""
 
     def fn(y, a):
         others = y + 0.2 * jnp.sin(jnp.roll(y, 1)) - 1
@@ -177,21 +177,75 @@ def test_solvers_that_do_not_look(name, shape):
     np.testing.assert_allclose(found, [0.6, 0.5 / 0.6], rtol=1e-4)
 
 
-COUPLED = [
-    *("root, Broyden", "fixed point"),
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("root, Levenberg-Marquardt", "root, Dogleg", "root, SciPy")
+def some_slow(quick, slow):
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
+def assert_bends(solve):
+    """No slope at zero; the right one beside it, on either side."""
+    slope = jax.jit(lambda a: (jax.grad(solve)(a), jax.jvp(solve, (a,), (1.0,))[1]))
+    assert np.isnan(slope(0.0)).all()
+    np.testing.assert_allclose(np.abs(slope(0.36)), 0.5 / 0.6, rtol=1e-4)
+
+
+# Up to 32 unknowns the default linear solver eliminates; it iterates for more.
+@pytest.mark.parametrize("n", [6, 40])
+@pytest.mark.parametrize(
+    "name",
+    some_slow(
+        ["root, Broyden", "fixed point"],
+        [
+            *("root, Levenberg-Marquardt", "root, Dogleg", "root, SciPy"),
+            "fixed point, Anderson",
+        ],
     ),
-]
-
-
-@pytest.mark.parametrize("name", COUPLED)
-def test_one_direction_of_six_bends(name):
+)
+def test_one_direction_of_several_bends(name, n):
     fn = coupled(lambda y, a: (y - 1) ** 2 - a)
-    solve = attached(name, fn, np.full(6, 2.0))
-    assert np.isnan(jax.grad(solve)(jnp.array(0.0)))
-    np.testing.assert_allclose(jax.grad(solve)(jnp.array(0.36)), 0.5 / 0.6, rtol=1e-4)
+    assert_bends(attached(name, fn, np.full(n, 2.0)))
+
+
+@pytest.mark.parametrize("linear_solver", [eqi.HybridKrylov(), eqi.Neumann()])
+def test_iterations_make_the_step_themselves(linear_solver):
+    fn = coupled(lambda y, a: (y - 1) ** 2 - a)
+    layer = eqi.ImplicitFunction(
+        eqi.FixedPoint(lambda y, a: y - 0.2 * fn(y, a)),
+        eqi.Anderson(),
+        eqi.ImplicitAdjoint(linear_solver),
+        throw=False,
+    )
+    assert_bends(lambda a: layer(jnp.full(6, 2.0), a)[0])
+
+
+def test_an_approximate_gradient_is_no_judge():
+    """Of Jacobian-free backpropagation, which solves no system, nothing is asked."""
+    layer = eqi.ImplicitFunction(
+        eqi.FixedPoint(lambda y, a: jnp.cos(y) * a),
+        eqi.Anderson(),
+        eqi.ImplicitAdjoint(eqi.Neumann(1)),
+    )
+    y = layer(jnp.array(1.0), jnp.array(1.0))
+    slope = jax.grad(lambda a: layer(jnp.array(1.0), a))(jnp.array(1.0))
+    np.testing.assert_allclose(slope, np.cos(y), rtol=1e-12)
+
+
+def soft(y, a):
+    """An objective whose first unknown is at `sqrt(a)`, flatter the smaller that is."""
+    others = y[1:]
+    coupling = jnp.sum(jnp.cos(others + jnp.roll(others, 1)))
+    return (
+        y[0] ** 4 / 4 - a * y[0] ** 2 / 2 + jnp.sum((others - 1) ** 2) + coupling / 10
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    some_slow(["minimum", "minimum, BFGS"], ["minimum, FIRE", "minimum, SciPy"]),
+)
+def test_one_direction_of_a_large_minimum_bends(name):
+    solver = UNAWARE[name][1]
+    layer = eqi.ImplicitFunction(eqi.Minimum(soft), solver, throw=False, max_steps=4000)
+    assert_bends(lambda a: layer(jnp.full(40, 1.7), a)[0])
 
 
 def test_plain_iteration_that_stops_early_at_a_double_root():

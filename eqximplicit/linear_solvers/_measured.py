@@ -55,10 +55,20 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
     ) -> Measured:
         """Returns the solution with its judgement."""
 
+    def is_exact(self, state: _State) -> bool:
+        """Whether a good answer solves the system, and is not inexact by design."""
+        return self.is_direct(state)
+
     def is_direct(self, state: _State) -> bool:
         """Whether `state` is a factorisation, which makes another solve cheap."""
         del state
         return False
+
+    def another(
+        self, state: _State, vector: PyTree[Array], options: dict[str, Any]
+    ) -> PyTree[Array]:
+        """As `answer`, without judgement: of a solve that is hardly ever made."""
+        return self.answer(state, vector, options).x
 
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]

@@ -40,6 +40,12 @@ class OnOneDevice(AbstractMeasuredSolver[PlacedState]):
             self.direct.init(operator, options), self.otherwise.init(operator, options)
         )
 
+    def is_exact(self, state: PlacedState) -> bool:
+        """Whether both solve the system."""
+        return self.direct.is_exact(state.direct) and self.otherwise.is_exact(
+            state.otherwise
+        )
+
     def answer(
         self, state: PlacedState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:

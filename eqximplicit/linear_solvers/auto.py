@@ -181,6 +181,10 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
         solver = self.select(operator).solver
         return AutoState(solver, solver.init(operator, options))
 
+    def is_exact(self, state: AutoState) -> bool:
+        """Whether a good answer solves the system: true of all that are chosen."""
+        return state.solver.is_exact(state.inner)
+
     def is_direct(self, state: AutoState) -> bool:
         """Whether the chosen solver has factorised."""
         return state.solver.is_direct(state.inner)
@@ -190,6 +194,12 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     ) -> Measured:
         """Returns the solution, its result, and at least its `residual_norm`."""
         return state.solver.answer(state.inner, vector, options)
+
+    def another(
+        self, state: AutoState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> PyTree[Array]:
+        """As `answer`, without judgement, by the chosen solver."""
+        return state.solver.another(state.inner, vector, options)
 
     def transpose(
         self, state: AutoState, options: dict[str, Any]

@@ -109,6 +109,11 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
             regular = self._survives_probe(operator, inner, struct, options)
         return CheckedState(inner, lx.linearise(operator), regular, bands)
 
+    def is_exact(self, state: CheckedState) -> bool:
+        """`True`: what leaves a residual has failed."""
+        del state
+        return True
+
     def is_direct(self, state: CheckedState) -> bool:
         """Whether the inner solver eliminates or substitutes."""
         return isinstance(_selected(self.solver, state.operator), _DIRECT)

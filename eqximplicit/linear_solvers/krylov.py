@@ -132,6 +132,11 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         linear = lx.linearise(operator)
         return KrylovState(linear, error, -1 if negative else 1, symmetric)
 
+    def is_exact(self, state: KrylovState) -> bool:
+        """`True`: a residual above the tolerance is a failure."""
+        del state
+        return True
+
     def answer(
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:
@@ -141,10 +146,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         """
         for key in ("preconditioner", "y0"):
             require_like(options.get(key), vector, key)
-        if self.fallback is None or options:
-            outcome = self._solve(state, vector, options)
-        else:
-            outcome = self._solve_lane_or_columns(state, vector)
+        outcome = self._outcome(state, vector, options)
         eps = epsilon(vector)
         accepted = consistency_limit(eps) if self.rtol is None else 2 * self.rtol
         slack: Any = 2 * self.atol
@@ -164,6 +166,12 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             residual_norm=jnp.sqrt(outcome.rr),
             fallback=outcome.direct.astype(int),
         )
+
+    def another(
+        self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
+    ) -> PyTree[Array]:
+        """As `answer`, without judgement, by the second phase alone if there is one."""
+        return self._outcome(state, vector, options, self.restart > 0).x
 
     def transpose(
         self, state: KrylovState, options: dict[str, Any]
@@ -202,17 +210,35 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             max_steps=self.max_steps,
         )
 
+    def _outcome(
+        self,
+        state: KrylovState,
+        vector: PyTree[Array],
+        options: dict[str, Any],
+        straight: bool = False,
+    ) -> _Outcome:
+        """What both phases find, or the second, if that is entered `straight`."""
+        if self.fallback is None or options:
+            return self._solve(state, vector, options, straight)
+        return self._solve_lane_or_columns(state, vector, straight)
+
     def _solve(
-        self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
+        self,
+        state: KrylovState,
+        vector: PyTree[Array],
+        options: dict[str, Any],
+        straight: bool,
     ) -> _Outcome:
         system = self._system(state, vector, options)
         it: Iterate | Found
-        if state.symmetric:
+        if straight:
+            it = start(system, options.get("y0"))
+        elif state.symmetric:
             it = conjugate_gradient(system, start(system, options.get("y0")))
         else:
             it = picard(system, options.get("y0"), contracts)
         no = jnp.asarray(False)
-        need = ~system.solved(it.rr) & jnp.isfinite(system.bb)
+        need = (straight | ~system.solved(it.rr)) & jnp.isfinite(system.bb)
         first = _Outcome(it.x, it.rr, it.steps, no, no)
         if self.restart == 0:
             return first
@@ -232,6 +258,8 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
                 return iteratively()
             return jax.lax.cond(on_one_device(), directly, iteratively)
 
+        if straight:
+            return second()
         return jax.lax.cond(any_lane(need), second, lambda: first)
 
     def _continue(self, system: System, it: Iterate | Found) -> _Outcome:
@@ -242,7 +270,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         return _Outcome(it.x, it.rr, it.steps, no, no)
 
     def _solve_lane_or_columns(
-        self, state: KrylovState, vector: PyTree[Array]
+        self, state: KrylovState, vector: PyTree[Array], straight: bool
     ) -> _Outcome:
         """`_solve`, with a rule for `vmap` that knows how many columns there are."""
         arrays, static = eqx.partition(state, eqx.is_array)
@@ -252,10 +280,10 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         many, light = max(2, int(MANY * n)), dataclasses.replace(self, fallback=None)
 
         def one(arrays: Any, vector: PyTree[Array]) -> _Outcome:
-            return self._solve(eqx.combine(arrays, static), vector, {})
+            return self._solve(eqx.combine(arrays, static), vector, {}, straight)
 
         def one_light(arrays: Any, vector: PyTree[Array]) -> _Outcome:
-            return light._solve(eqx.combine(arrays, static), vector, {})
+            return light._solve(eqx.combine(arrays, static), vector, {}, straight)
 
         solve = custom_vmap(one)
 

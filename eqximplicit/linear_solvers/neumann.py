@@ -109,6 +109,11 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
             warn_if_unreachable("Neumann", self.rtol, self.atol, eps)
         return NeumannState(lx.linearise(operator))
 
+    def is_exact(self, state: NeumannState) -> bool:
+        """Whether the series is summed to a tolerance."""
+        del state
+        return self.num_terms is None
+
     def answer(
         self, state: NeumannState, vector: Vector, options: dict[str, Any]
     ) -> Measured:

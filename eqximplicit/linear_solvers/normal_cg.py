@@ -78,6 +78,11 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         require_real(operator)
         return NormalCGState(lx.linearise(operator))
 
+    def is_exact(self, state: NormalCGState) -> bool:
+        """Whether the iteration runs to its tolerance."""
+        del state
+        return self.max_steps is None
+
     def answer(
         self, state: NormalCGState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Measured:

@@ -58,6 +58,8 @@ def bends(
     solved: Callable[[PyTree[Array]], PyTree[Array]],
     y: PyTree[Array],
     value: PyTree[Array],
+    *,
+    in_loop: bool = False,
 ) -> Bool[Array, ""]:
     r"""Whether the Jacobian `A` is another one where Newton's step from `y` leads.
 
@@ -71,9 +73,41 @@ def bends(
 
     - `residual`: a function of the state, with the residual `value` at `y`.
     - `solved`: `b` to `A⁻¹ b`.
+    - `in_loop`: whether it is compiled once for both solves, where it is long.
     """
-    step = solved(value)
-    there = jtu.tree_map(lax.sub, y, step)
-    turned = minus(solved(jax.jvp(residual, (there,), (step,))[1]), step)
+
+    def newton(b: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        step = solved(b)
+        there = jtu.tree_map(lax.sub, y, step)
+        return jax.jvp(residual, (there,), (step,))[1], step
+
+    if in_loop:
+        _, steps = lax.scan(lambda b, _: newton(b), value, length=2)
+        step, again = (jtu.tree_map(lambda s, i=i: s[i], steps) for i in (0, 1))
+    else:
+        image, step = newton(value)
+        again = solved(image)
+    turned = minus(again, step)
     # As a quotient, which XLA computes once; of a step of zero it is NaN, and no bend.
     return inner(turned, turned) / inner(step, step) > _BENT**2
+
+
+def bends_along(
+    residual: Callable[[PyTree[Array]], PyTree[Array]],
+    y: PyTree[Array],
+    value: PyTree[Array],
+    vector: PyTree[Array],
+    x: PyTree[Array],
+) -> Bool[Array, ""]:
+    r"""Whether a symmetric Jacobian `A`, of `A x = vector`, is another along `x`.
+
+    Near a multiple root, `x` is along the weak direction if the system asks for it at
+    all. Newton's step has the part $\alpha x$ there, $\alpha = \langle x, F\rangle /
+    \langle x, A x\rangle$, and $\langle x, A x\rangle$ is compared with what it is
+    where that leads: no system more is solved.
+    """
+    before = inner(x, vector)
+    alpha = inner(x, value) / before
+    there = jtu.tree_map(lambda y, x: y - alpha * x, y, x)
+    after = inner(x, jax.jvp(residual, (there,), (x,))[1])
+    return jnp.abs(after - before) > _BENT * jnp.abs(before)
