@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool
 from ._claim import Claim
 from ._condition import AbstractCondition, hoist, Root
 from ._custom_types import check_instance, LinearSolver, PyTree
-from ._linear import differentiable_linear_solve, LinearRule
+from ._linear import differentiable_linear_solve
+from ._linear_rule import LinearRule
 from ._linearise import linearised
 from ._primitives import (
     attach,

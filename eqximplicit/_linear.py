@@ -6,105 +6,37 @@ throws nor calls the host.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from ._claim import Bend, Claim, Doubt, is_saddle
-from ._custom_types import LinearSolver, PyTree
+from ._custom_types import PyTree
+from ._linear_rule import (
+    directly,
+    factorised,
+    LinearRule,
+    normalised,
+    solution,
+    transposed,
+    trusted_if,
+)
 from ._linearise import Linearised
 from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem, once
-from ._solution import is_successful
-from ._state import all_finite, nonzero_and_finite, real_dtype, stop_gradient
+from ._state import all_finite, real_dtype, stop_gradient
 from .linear_solvers import LeastNorm
 from .linear_solvers._measured import (
     AbstractMeasuredSolver,
-    as_given,
-    Asked,
-    in_range,
-    Measured,
 )
-from .linear_solvers._residual import even, is_zero, norm, scale
+from .linear_solvers._residual import even, scale
 from .linear_solvers.checked import checked
-
-# How many times the gradient over the state an operator may be off.
-_UNSURE = 4.0
-
-
-class LinearRule(eqx.Module):
-    """How the linear systems of a derivative are solved.
-
-    **Attributes:**
-
-    - `solver`: a lineax linear solver.
-    - `options`: run-time options of that solver, such as a preconditioner.
-    - `tags`: lineax tags of the operator.
-    - `trusted`: bool, shape `()`. Where it is false the solution is NaN.
-    """
-
-    solver: LinearSolver
-    options: dict[str, Any]
-    tags: frozenset[object] = eqx.field(static=True)
-    trusted: Bool[Array, ""]
-
-
-def _normalised(
-    rule: LinearRule, vector: PyTree[Array], options: dict[str, Any]
-) -> Asked:
-    """The question in other units, so that its square is a number, and not zero.
-
-    So an absolute tolerance is one relative to a largest entry below one. Where there
-    is none, float64 has the range as it is.
-    """
-    wide = jnp.finfo(real_dtype(vector)).bits >= 64
-    relative = isinstance(rule.solver, AbstractMeasuredSolver) and is_zero(
-        getattr(rule.solver, "atol", 0.0)
-    )
-    if wide and relative:
-        return as_given(vector, options)
-    return in_range(vector, options, small=1.0)
-
-
-def _answer(rule: LinearRule, state: Any, asked: Asked) -> Measured:
-    """The solution and what it is worth.
-
-    A solver of ours has measured its answer; of any other, Krylov solvers divide by the
-    norm of `b`, and some call an answer good that is not finite.
-    """
-    if isinstance(rule.solver, AbstractMeasuredSolver):
-        return rule.solver.answer(state, asked.vector, asked.options)
-    x, result, stats = rule.solver.compute(state, asked.vector, asked.options)
-    nonzero, finite = nonzero_and_finite(asked.vector, x)
-    return Measured(x, nonzero, finite & is_successful(result), result, stats)
-
-
-def _solved(
-    rule: LinearRule,
-    found: Measured,
-    back: Float[Array, ""] | None,
-    nan: Bool[Array, ""],
-    wrong: Bool[Array, ""] | None,
-) -> PyTree[Array]:
-    """The solution where it is one, else NaN or zero: one choice for each entry."""
-    keep = lax.bitwise_and(lax.bitwise_and(found.good, found.asked), rule.trusted)
-    if wrong is not None:
-        keep = lax.bitwise_and(keep, lax.bitwise_not(wrong))
-
-    def leaf(x: Array) -> Array:
-        missing, zero = (lax.full_like(x, value, shape=()) for value in (jnp.nan, 0))
-        other = lax.select(nan, missing, zero)
-        return lax.select(keep, x, lax.broadcast(other, x.shape))
-
-    return jtu.tree_map(leaf, found.x if back is None else scale(back, found.x))
 
 
 class _System(NamedTuple):
@@ -120,13 +52,12 @@ class _System(NamedTuple):
 def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     # At a double root ∂F/∂θ is zero together with ∂F/∂y: that zero says nothing.
     rule, state, doubt, bend, _ = system
-    asked, found = _direct(rule, state, vector)
+    asked, found = directly(rule, state, vector)
     singular = jnp.asarray(found.result == lx.RESULTS.singular) | ~rule.trusted
     signs = [] if doubt is None else [doubt.contradicts()]
     if bend is not None:
         signs.append(bend.contradicts(asked.vector, found.x))
-    wrong = functools.reduce(lax.bitwise_or, signs) if signs else None
-    return _solved(rule, found, asked.back, found.asked | singular, wrong)
+    return solution(rule, found, asked.back, found.asked | singular, signs)
 
 
 def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
@@ -138,40 +69,7 @@ def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
         signs.append(doubt.contradicts_cotangent(asked.vector, found.x))
     if bend is not None:
         signs.append(bend.contradicts(asked.vector, found.x))
-    wrong = functools.reduce(lax.bitwise_or, signs) if signs else None
-    return _solved(rule, found, asked.back, found.asked, wrong)
-
-
-def _direct(
-    rule: LinearRule, state: Any, vector: PyTree[Array]
-) -> tuple[Asked, Measured]:
-    """The system for a tangent in other units, and its answer in them."""
-    asked = _normalised(rule, vector, rule.options)
-    return asked, _answer(rule, state, asked)
-
-
-def transposed(
-    rule: LinearRule, state: Any, vector: PyTree[Array]
-) -> tuple[Asked, Measured]:
-    """The transposed system for a cotangent in other units, and its answer in them."""
-    state, options = rule.solver.transpose(state, rule.options)
-    asked = _normalised(rule, vector, options)
-    return asked, _answer(rule, state, asked)
-
-
-def factorised(
-    rule: LinearRule,
-    operator: lx.AbstractLinearOperator,
-    value: PyTree[Array],
-    y: PyTree[Array],
-) -> Any:
-    """What the solver computes from the operator alone, at `y` of residual `value`."""
-    return rule.solver.init(operator, _at_a_point(rule, operator, value, y))
-
-
-def _trusted_if(rule: LinearRule, fine: Bool[Array, ""]) -> LinearRule:
-    """The rule, trusted no further."""
-    return dataclasses.replace(rule, trusted=lax.bitwise_and(rule.trusted, fine))
+    return solution(rule, found, asked.back, found.asked, signs)
 
 
 def _examined(
@@ -184,11 +82,11 @@ def _examined(
     """The rule, trusted no further than the curvature allows, and what is in doubt."""
     if claim is None or claim.distance is None:
         # So nobody else holds the value against the condition.
-        rule = _trusted_if(rule, all_finite(value))
+        rule = trusted_if(rule, all_finite(value))
     if claim is None:
         return rule, None
     if claim.minimum:
-        rule = _trusted_if(rule, ~is_saddle(y, value, mv))
+        rule = trusted_if(rule, ~is_saddle(y, value, mv))
     if claim.distance is None:
         return rule, None
     distance = jnp.asarray(claim.distance, real_dtype(y))
@@ -225,12 +123,12 @@ def _unless_multiple(
         return rule, bend
 
     def solved(b: PyTree[Array]) -> PyTree[Array]:
-        asked = _normalised(rule, b, rule.options)
+        asked = normalised(rule, b, rule.options)
         x = solver.another(state, asked.vector, asked.options)
         return x if asked.back is None else scale(asked.back, x)
 
     bent = bend.is_found(solved, in_loop=not direct)
-    return _trusted_if(rule, lax.bitwise_not(bent)), None
+    return trusted_if(rule, lax.bitwise_not(bent)), None
 
 
 def _is_movable(
@@ -245,27 +143,7 @@ def _is_movable(
     strict = isinstance(rule.solver, LeastNorm) and not rule.solver.least_squares
     if sample is None or not strict or rule.options.get("project", False):
         return None
-    return _direct(rule, state, sample())[1].good
-
-
-def _at_a_point(
-    rule: LinearRule,
-    operator: lx.AbstractLinearOperator,
-    value: PyTree[Array],
-    y: PyTree[Array],
-) -> dict[str, Any]:
-    """The options, with how well a symmetric operator is known.
-
-    A minimum is found up to a gradient `g`. A flat direction, the motion `t = G y` of a
-    symmetry with generator `G`, has the curvature `A t = -G g` there instead of zero:
-    so much is uncertain of `A`, relative to `t`.
-    """
-    ours = isinstance(rule.solver, AbstractMeasuredSolver)
-    if not ours or not lx.is_symmetric(operator):
-        return rule.options
-    size = norm(y)
-    error = _UNSURE * norm(value) / jnp.where(size > 0, size, jnp.inf)
-    return {"operator_error": error, **rule.options}
+    return directly(rule, state, sample())[1].good
 
 
 def differentiable_linear_solve(

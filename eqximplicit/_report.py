@@ -14,7 +14,7 @@ from ._adjoint import ImplicitAdjoint
 from ._custom_types import LinearSolver, PyTree
 from ._finding import Finding, number, rendered
 from ._forward import failed_solve
-from ._linear import factorised, LinearRule, transposed
+from ._linear_rule import factorised, LinearRule, transposed
 from ._point import AnyLayer, examine, flat, implicit_adjoint, Point, subject, unflat
 from ._spectrum import conditioning, false_tags, matrix_of, Spectrum, spectrum_of
 from ._state import real_dtype, to_real
