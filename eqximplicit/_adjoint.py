@@ -136,6 +136,8 @@ def _may_be_multiple(solver: Any, stats: dict[str, Any]) -> Bool[Array, ""] | bo
     """Whether a solution may be a multiple root, by what the solver tells."""
     if "simple" in stats or _stays_away(solver):
         return False
+    if "slow" in stats:
+        return stats["slow"]
     return stats["amplification"] > _WEAK if "amplification" in stats else True
 
 

@@ -77,7 +77,7 @@ class Doubt(eqx.Module):
 
 
 class Bend(eqx.Module):
-    """The residual near a value that may be a multiple root of a symmetric system."""
+    """The residual near a value that may be a multiple root."""
 
     y: PyTree[Array]
     value: PyTree[Array]

@@ -123,6 +123,7 @@ UNAWARE = {
     "root, Dogleg": (eqi.Root, optx.Dogleg(**TOL)),
     "root, Broyden": (eqi.Root, eqi.Broyden()),
     "root, SciPy": (eqi.Root, eqi.ScipyRoot()),
+    "root, Krylov": (eqi.Root, eqi.AutoRootFinder(krylov_above=0)),
     "fixed point": (eqi.FixedPoint, None),
     "fixed point, Anderson": (eqi.FixedPoint, eqi.Anderson()),
     "minimum": (eqi.Minimum, None),
@@ -193,7 +194,7 @@ def assert_bends(solve):
 @pytest.mark.parametrize(
     "name",
     some_slow(
-        ["root, Broyden", "fixed point"],
+        ["root, Broyden", "root, Krylov", "fixed point"],
         [
             *("root, Levenberg-Marquardt", "root, Dogleg", "root, SciPy"),
             "fixed point, Anderson",
@@ -203,6 +204,12 @@ def assert_bends(solve):
 def test_one_direction_of_several_bends(name, n):
     fn = coupled(lambda y, a: (y - 1) ** 2 - a)
     assert_bends(attached(name, fn, np.full(n, 2.0)))
+
+
+def test_banded_systems_bend():
+    """Solved by elimination, with Jacobians that are never formed."""
+    fn = lambda y, a: (y - 1) ** 2 - a + 0.1 * (y - jnp.roll(y, 1)) * (y - 1)
+    assert_bends(attached("root, Krylov", fn, np.full(40, 2.0)))
 
 
 @pytest.mark.parametrize("linear_solver", [eqi.HybridKrylov(), eqi.Neumann()])

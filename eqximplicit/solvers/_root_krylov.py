@@ -19,6 +19,7 @@ from ..linear_solvers._placed import OnOneDevice
 from ..linear_solvers.auto import narrow
 from ..linear_solvers.krylov import HybridKrylov
 from . import _root_phases as ph, _vector_space as vs
+from ._multiple import is_hardly_shorter, is_seen
 
 # Eisenstat and Walker (1996), choice 2: the forcing term and its safeguard.
 _GAMMA, _LOOSEST, _TIGHTEST, _SAFEGUARD = 0.9, 0.5, 1e-4, 0.1
@@ -42,6 +43,7 @@ class KrylovState(eqx.Module, Generic[Y, Aux]):
     num_evaluations: Int[Array, ""]
     ever_regular: Bool[Array, ""]  # some linear solve has not broken down
     start_length: Float[Array, ""]
+    before: Float[Array, ""]  # length of the step that has led to the base
     aux: Aux
 
 
@@ -60,6 +62,7 @@ def init_krylov(y: Y, aux: Aux) -> KrylovState[Y, Aux]:
         num_evaluations=jnp.array(0),
         ever_regular=jnp.array(False),
         start_length=ph.length_or_one(vs.length(stop_gradient(y), dtype)),
+        before=jnp.zeros((), dtype),
         aux=aux,
     )
 
@@ -131,6 +134,7 @@ def step_krylov(
     step, products, regular = jax.lax.cond(accepted, newton, shorter)
     fraction = jnp.where(accepted, 1, _BACKTRACK * state.fraction)
     y, best_aux = vs.select(accepted, (trial, aux), (y, state.aux))
+    length = stop_gradient(vs.length(state.step, dtype))
     return y, KrylovState(
         step=step,
         norm=jnp.where(accepted, norm, state.norm),
@@ -141,6 +145,7 @@ def step_krylov(
         num_evaluations=state.num_evaluations + 1 + products,
         ever_regular=state.ever_regular | regular,
         start_length=state.start_length,
+        before=jnp.where(accepted, length, state.before),
         aux=best_aux,
     )
 
@@ -169,6 +174,15 @@ def _is_exact(state: KrylovState[Any, Any], y: PyTree[Array]) -> Bool[Array, ""]
 def _is_far(state: KrylovState[Any, Any], y: PyTree[Array]) -> Bool[Array, ""]:
     length = stop_gradient(vs.length(y, state.norm.dtype))
     return length > ph.FAR * state.start_length
+
+
+def is_slow_krylov(state: KrylovState[Any, Any], y: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether the next step is as long beside the last as near a multiple root.
+
+    It may be elsewhere, too: a step is as accurate as its linear solve.
+    """
+    step, length = (vs.length(v, state.norm.dtype) for v in (state.step, y))
+    return is_hardly_shorter(step, state.before) & is_seen(step, length)
 
 
 def why_krylov(

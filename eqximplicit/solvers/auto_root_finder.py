@@ -17,6 +17,7 @@ from ._root_dense import DenseState, init_dense, step_dense, why
 from ._root_krylov import (
     init_krylov,
     is_over_krylov,
+    is_slow_krylov,
     KrylovState,
     step_krylov,
     why_krylov,
@@ -57,7 +58,8 @@ class AutoRootFinder(
     `singular_jacobian`, `nonfinite_jacobian` (where one is formed),
     `unattainable_tolerance`, `nonlinear_max_steps_reached` or `nonfinite_start`. Each
     failing lane of a `jax.vmap` stops by itself. `stats["simple"]` is false at a root
-    that was come to as slowly as to a multiple one, where a layer's derivative is NaN.
+    that was come to as slowly as to a multiple one, where a layer's derivative is NaN;
+    without a Jacobian, `stats["slow"]` says that it may have been.
 
     Above `krylov_above` unknowns no Jacobian is formed: the same name then stands for
     an inexact Newton-Krylov method with backtracking (GMRES, as accurate as Eisenstat
@@ -130,7 +132,7 @@ class AutoRootFinder(
     ) -> Opened | None:
         """Returns the outcome of Newton's method in closed form, for small states."""
         del max_steps  # there are always enough for the few that it takes
-        if not is_small(y):
+        if not is_small(y) or real_size(y) > self.krylov_above:
             return None
         return newton_opening(fn, y, args, aux, self._limits(y).atol)
 
@@ -209,13 +211,14 @@ class AutoRootFinder(
         if isinstance(state, KrylovState):
             reason, largest = why_krylov(state, y, limits), state.largest
             restarts = jnp.zeros_like(state.num_evaluations)
-            evaluations, simple = state.num_evaluations, jnp.asarray(True)
+            evaluations = state.num_evaluations
+            seen = {"slow": is_slow_krylov(state, y)}
         else:
             control = read(state.control)
             reason, largest = why(state, y, limits), control.best_max
             restarts = control.num_cycles.astype(int)
             evaluations = control.num_evaluations.astype(int)
-            simple = control.multiple == 0
+            seen = {"simple": control.multiple == 0}
         ended = result == optx.RESULTS.nonlinear_max_steps_reached
         reason = RESULTS.where(ended, as_results(result), reason)
         stats = {
@@ -223,7 +226,7 @@ class AutoRootFinder(
             "residual_norm": largest,
             "num_evaluations": evaluations,
             "num_restarts": restarts,
-            "simple": simple,
+            **seen,
         }
         return y, state.aux, stats
 
