@@ -22,6 +22,8 @@ from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import is_successful, RESULTS, where_result
 from ._state import coarse_epsilon, greatest, stop_gradient
 from .linear_solvers import AutoLinearSolver
+from .linear_solvers._residual import size
+from .linear_solvers.auto import DENSE_SIZE
 from .solvers import AbstractHostSolver, AutoRootFinder, Broyden, FIRE
 from .solvers._default import ROUNDINGS
 
@@ -124,7 +126,7 @@ def _claim_of(
         distance = least
     extremal = isinstance(condition, (Minimum, LeastSquares))
     minimum = extremal and (stepping or isinstance(solver, AbstractHostSolver))
-    multiple = coarse is None and _may_be_multiple(solver, outcome.stats)
+    multiple = coarse is None and _may_be_multiple(solver, outcome)
     return Claim(distance, minimum, multiple)
 
 
@@ -132,25 +134,27 @@ def _claims(solver: Any) -> bool:
     return isinstance(solver, (optx.AbstractIterativeSolver, AbstractHostSolver))
 
 
-def _may_be_multiple(solver: Any, stats: dict[str, Any]) -> Bool[Array, ""] | bool:
+def _may_be_multiple(solver: Any, outcome: Outcome) -> Bool[Array, ""] | bool:
     """Whether a solution may be a multiple root, by what the solver tells."""
-    if "simple" in stats or _stays_away(solver):
+    stats = outcome.stats
+    if "simple" in stats or _is_left_alone(solver, outcome.y):
         return False
     if "slow" in stats:
         return stats["slow"]
     return stats["amplification"] > _WEAK if "amplification" in stats else True
 
 
-def _stays_away(solver: Any) -> bool:
-    """Whether it is so slow near a multiple root that its budget ends before.
+def _is_left_alone(solver: Any, y: Any) -> bool:
+    """Whether it is so cheap that the question would be most of the work.
 
-    Plain iteration is: after `n` steps towards a double root the residual is of order
-    `1 / n²`. A layer allows 512, if nothing else is asked for.
+    Plain iteration is slow near a multiple root: after `n` steps towards a double one
+    the residual is of order `1 / n²`. So a tight tolerance ends the budget before.
     """
     if not isinstance(solver, optx.FixedPointIteration):
         return False
     tols = solver.rtol, solver.atol
-    return all(isinstance(tol, float) for tol in tols) and max(tols) < _TIGHT
+    tight = all(isinstance(tol, float) for tol in tols) and max(tols) < _TIGHT
+    return tight or size(y) > DENSE_SIZE
 
 
 class ImplicitAdjoint(AbstractAdjoint):

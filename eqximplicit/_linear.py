@@ -124,7 +124,10 @@ def _unless_multiple(
 
     def solved(b: PyTree[Array]) -> PyTree[Array]:
         asked = normalised(rule, b, rule.options)
-        x = solver.another(state, asked.vector, asked.options)
+        if isinstance(bend.asked, bool):
+            x = solver.answer(state, asked.vector, asked.options).x
+        else:
+            x = solver.seldom(state, asked.vector, asked.options)
         return x if asked.back is None else scale(asked.back, x)
 
     bent = bend.is_found(solved, in_loop=not direct)

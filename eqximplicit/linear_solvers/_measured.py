@@ -64,10 +64,10 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
         del state
         return False
 
-    def another(
+    def seldom(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> PyTree[Array]:
-        """As `answer`, without judgement: of a solve that is hardly ever made."""
+        """As `answer`, without judgement, of a solve to be compiled and hardly made."""
         return self.answer(state, vector, options).x
 
     def compute(

@@ -195,11 +195,11 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
         """Returns the solution, its result, and at least its `residual_norm`."""
         return state.solver.answer(state.inner, vector, options)
 
-    def another(
+    def seldom(
         self, state: AutoState, vector: PyTree[Array], options: dict[str, Any]
     ) -> PyTree[Array]:
         """As `answer`, without judgement, by the chosen solver."""
-        return state.solver.another(state.inner, vector, options)
+        return state.solver.seldom(state.inner, vector, options)
 
     def transpose(
         self, state: AutoState, options: dict[str, Any]

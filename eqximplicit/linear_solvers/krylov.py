@@ -167,7 +167,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             fallback=outcome.direct.astype(int),
         )
 
-    def another(
+    def seldom(
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
     ) -> PyTree[Array]:
         """As `answer`, without judgement, by the second phase alone if there is one."""

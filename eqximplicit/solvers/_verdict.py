@@ -116,6 +116,11 @@ def point_at(y: Y, image: Y) -> tuple[Point[Y], Bool[Array, ""]]:
     return point_with(y, vs.minus(image, y))
 
 
+def amplification_of(best: Best[Any]) -> Float[Array, ""]:
+    """Returns the estimated error per residual of a fixed point; zero at rounding."""
+    return best.error / jnp.where(best.residual > 0, best.residual, jnp.inf)
+
+
 class Tolerance(eqx.Module):
     """The unit in which a deviation from `y` is measured: `atol + rtol |y|`."""
 

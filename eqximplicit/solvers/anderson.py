@@ -186,6 +186,7 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
         """Returns the best point with its auxiliary output, and the verdict."""
         del fn, y, aux, args, options, tags
         stats = verdict.statistics(state.best, state.result, result)
+        stats["amplification"] = verdict.amplification_of(state.best)
         return state.best.point.y, state.best.aux, stats
 
     def _tolerance(self, y: Y) -> verdict.Tolerance:

@@ -177,8 +177,7 @@ class AutoFixedPoint(AbstractOpening, optx.AbstractFixedPointSolver[Y, Aux, Stat
         reason = RESULTS.where(fine, RESULTS.successful, reason)
         stats = verdict.statistics(found, reason, result)
         stats["num_rescues"] = control.num_rescues.astype(jnp.int32)
-        residual = jnp.where(found.residual > 0, found.residual, jnp.inf)
-        stats["amplification"] = found.error / residual
+        stats["amplification"] = verdict.amplification_of(found)
         return found.point.y, found.aux, stats
 
     def opening(
