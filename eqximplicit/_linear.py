@@ -32,9 +32,7 @@ from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem, once
 from ._state import all_finite, real_dtype, stop_gradient
 from .linear_solvers import LeastNorm
-from .linear_solvers._measured import (
-    AbstractMeasuredSolver,
-)
+from .linear_solvers._measured import AbstractMeasuredSolver
 from .linear_solvers._residual import even, scale
 from .linear_solvers.checked import checked
 

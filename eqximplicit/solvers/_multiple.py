@@ -59,7 +59,7 @@ def bends(
     y: PyTree[Array],
     value: PyTree[Array],
     *,
-    in_loop: bool = False,
+    in_loop: bool,
 ) -> Bool[Array, ""]:
     r"""Whether the Jacobian `A` is another one where Newton's step from `y` leads.
 
