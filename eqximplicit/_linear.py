@@ -33,7 +33,7 @@ from ._primitives import flatten, Leaves, linear_solve, LinearSystem, once
 from ._state import all_finite, real_dtype, stop_gradient
 from .linear_solvers import LeastNorm
 from .linear_solvers._measured import AbstractMeasuredSolver
-from .linear_solvers._residual import even, scale
+from .linear_solvers._residual import even
 from .linear_solvers.checked import checked
 
 
@@ -55,7 +55,7 @@ def _tangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
     signs = [] if doubt is None else [doubt.contradicts()]
     if bend is not None:
         signs.append(bend.contradicts(asked.vector, found.x))
-    return solution(rule, found, asked.back, found.asked | singular, signs)
+    return solution(rule, asked, found, found.asked | singular, signs)
 
 
 def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
@@ -67,7 +67,7 @@ def _cotangent(system: _System, vector: PyTree[Array]) -> PyTree[Array]:
         signs.append(doubt.contradicts_cotangent(asked.vector, found.x))
     if bend is not None:
         signs.append(bend.contradicts(asked.vector, found.x))
-    return solution(rule, found, asked.back, found.asked, signs)
+    return solution(rule, asked, found, found.asked, signs)
 
 
 def _examined(
@@ -126,7 +126,7 @@ def _unless_multiple(
             x = solver.answer(state, asked.vector, asked.options).x
         else:
             x = solver.seldom(state, asked.vector, asked.options)
-        return x if asked.back is None else scale(asked.back, x)
+        return asked.as_asked(x)
 
     bent = bend.is_found(solved, in_loop=not direct)
     return trusted_if(rule, lax.bitwise_not(bent)), None

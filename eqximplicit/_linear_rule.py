@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from ._custom_types import LinearSolver, PyTree
 from ._solution import is_successful
@@ -24,7 +24,7 @@ from .linear_solvers._measured import (
     in_range,
     Measured,
 )
-from .linear_solvers._residual import is_zero, norm, scale
+from .linear_solvers._residual import is_zero, norm
 
 # How many times the gradient over the state an operator may be off.
 _UNSURE = 4.0
@@ -96,8 +96,8 @@ def transposed(
 
 def solution(
     rule: LinearRule,
+    asked: Asked,
     found: Measured,
-    back: Float[Array, ""] | None,
     nan: Bool[Array, ""],
     signs: Sequence[Bool[Array, ""]],
 ) -> PyTree[Array]:
@@ -114,7 +114,7 @@ def solution(
         other = lax.select(nan, missing, zero)
         return lax.select(keep, x, lax.broadcast(other, x.shape))
 
-    return jtu.tree_map(leaf, found.x if back is None else scale(back, found.x))
+    return jtu.tree_map(leaf, asked.as_asked(found.x))
 
 
 def trusted_if(rule: LinearRule, fine: Bool[Array, ""]) -> LinearRule:

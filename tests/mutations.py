@@ -191,14 +191,14 @@ MUTANTS = [
     Mutant(
         "NaN where nobody asks",
         "_linear.py",
-        "return solution(rule, found, asked.back, found.asked, signs)",
-        "return solution(rule, found, asked.back, jnp.asarray(True), signs)",
+        "return solution(rule, asked, found, found.asked, signs)",
+        "return solution(rule, asked, found, jnp.asarray(True), signs)",
         ZERO,
     ),
     Mutant(
         "answer left in the units of the question",
         "_linear_rule.py",
-        "found.x if back is None else scale(back, found.x)",
+        "asked.as_asked(found.x)",
         "found.x",
         SMALL,
     ),

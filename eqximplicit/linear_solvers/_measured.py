@@ -77,13 +77,9 @@ class AbstractMeasuredSolver(AbstractLinearSolver[_State]):
         asked = _for_compute(self, vector, options)
         found = self.answer(state, asked.vector, asked.options)
         x = where(found.asked, found.x, zeros_like(found.x))
-        if asked.back is None:
-            return x, found.result, found.stats
-        left = asked.back * found.stats["residual_norm"]
+        left = asked.as_asked(found.stats["residual_norm"])
         stats = {**found.stats, "residual_norm": left}
-        back = asked.back
-        x = jtu.tree_map(lambda leaf: back.astype(leaf.dtype) * leaf, x)
-        return x, found.result, stats
+        return asked.as_asked(x), found.result, stats
 
 
 class AbstractDirectSolver(AbstractMeasuredSolver[_State]):
@@ -101,6 +97,10 @@ class Asked(NamedTuple):
     vector: PyTree[Array]
     options: dict[str, Any]
     back: Float[Array, ""] | None
+
+    def as_asked(self, x: PyTree[Array]) -> PyTree[Array]:
+        """An answer, or a number that goes with it, in the units of the question."""
+        return x if self.back is None else scale(self.back, x)
 
 
 def as_given(vector: PyTree[Array], options: dict[str, Any]) -> Asked:

@@ -50,7 +50,8 @@ class Anderson(optx.AbstractFixedPointSolver[Y, Aux, _State[Y]]):
     and a plain step of half the mixing is tried from the best point. The point of the
     smallest residual is returned, and is a success if its residual and its estimated
     error are within `atol + rtol |y|`; see [`eqximplicit.AutoFixedPoint`][], which also
-    solves maps that this method does not.
+    solves maps that this method does not. `stats["amplification"]` is the estimated
+    error per residual.
 
     Leaves may differ in dtype; complex leaves count as vectors over the reals. The
     steps are differentiable (`optimistix.RecursiveCheckpointAdjoint`).
