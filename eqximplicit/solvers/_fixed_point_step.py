@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._reduce import total
@@ -34,7 +35,7 @@ class State(eqx.Module, Generic[Y]):
     best_aux: Any
     history: hist.History[Y]
     explained: Float[Array, " slots"]
-    factor: Float[Array, "slots slots"]
+    half: Float[Array, "slots slots"]
     control: Float[Array, " n"]
     tape: Replay | None = None
 
@@ -55,7 +56,7 @@ def begun(y: Y, aux: Any, window: int) -> State[Y]:
         best_aux=aux,
         history=history,
         explained=jnp.zeros_like(history.distance),
-        factor=jnp.eye(history.window + 1, dtype=history.gram.dtype),
+        half=jnp.asarray(np.eye(history.window + 1), history.gram.dtype),
         control=at_start(vs.real_dtype(y)),
     )
 
@@ -115,7 +116,7 @@ def learnt(
     # What the model missed in the directions of the pairs that it used.
     missed = jnp.where(history.filled, cross / history.lengths, 0)
     missed = missed + before.step_size * state.explained
-    missed = hist.half_solve(state.factor, missed)
+    missed = hist.times(state.half, missed)
     missed = jnp.sqrt(total(missed**2))
 
     numbers = dataclasses.replace(seen.numbers, missed=missed)
@@ -142,7 +143,7 @@ def learnt(
         best_aux=vs.select(improved, at.aux, state.best_aux),
         history=history,
         explained=state.explained,
-        factor=state.factor,
+        half=state.half,
         control=vector,
     )
     return state, control
@@ -197,7 +198,7 @@ def proposed(
         state.best_aux,
         history,
         jax.lax.stop_gradient(explained),
-        fit.factor,
+        fit.half,
         with_proposal(control, proposal, state.control),
     )
     return y, state

@@ -62,7 +62,11 @@ def combine(coefficients: Float[Array, " slots"], stack: Y) -> Y:
     """Returns the sum of the stack's entries, weighted by the coefficients."""
 
     def leaf(s: Array) -> Array:
-        return jnp.tensordot(coefficients.astype(s.dtype), s, 1, precision=_EXACT)
+        weights = coefficients.astype(s.dtype)
+        if num_entries(s) <= _SMALL:
+            weights = jax.lax.broadcast_in_dim(weights, s.shape, (0,))
+            return total(weights * s, 0)
+        return jnp.tensordot(weights, s, 1, precision=_EXACT)
 
     return jtu.tree_map(leaf, stack)
 
@@ -210,23 +214,49 @@ class Fit(eqx.Module, Generic[Y]):
     - `explained`: the inner products of the explained part with the entries of `dr`,
         scaled to unit length.
     - `rest`: what the pairs leave, as one entry of `history.dr`.
-    - `factor`: the Cholesky factor of the normal equations without the penalty.
+    - `half`: the inverse of the Cholesky factor of the normal equations without the
+        penalty.
     """
 
     coefficients: Float[Array, " slots"]
     weights: Float[Array, " slots"]
     explained: Float[Array, " slots"]
     rest: Y
-    factor: Float[Array, "slots slots"]
+    half: Float[Array, "slots slots"]
 
 
-def half_solve(
-    factor: Float[Array, "slots slots"], b: Float[Array, " slots"]
+def half_inverse(
+    grams: Float[Array, "grams slots slots"],
+) -> Float[Array, "grams slots slots"]:
+    r"""Returns the inverses of the Cholesky factors of positive definite matrices.
+
+    By elimination beside the identity, in a loop of a few operations. LAPACK takes less
+    time for that; but its calls, and the copies that they ask for, take much longer to
+    compile, and none can be in a kernel (`_one_kernel.py`).
+    """
+    size = grams.shape[-1]
+    numbers = jax.lax.iota(jnp.int32, size)
+    eye = jnp.broadcast_to(np.eye(size, dtype=grams.dtype), grams.shape)
+
+    def eliminated(k: Any, both: Array) -> Array:
+        row, column = (
+            jax.lax.dynamic_index_in_dim(both, k, axis, keepdims=False)
+            for axis in (-2, -1)
+        )
+        pivot = jnp.sqrt(jax.lax.dynamic_index_in_dim(row, k, -1))
+        row, column = (row / pivot)[:, None, :], (column / pivot)[:, :, None]
+        here, below = ((f(numbers, k))[:, None] for f in (jnp.equal, jnp.greater))
+        return jnp.where(here, row, both - jnp.where(below, column, 0) * row)
+
+    both = jnp.concatenate([grams, eye], -1)
+    return jax.lax.fori_loop(0, size, eliminated, both)[..., size:]
+
+
+def times(
+    matrix: Float[Array, "slots slots"], b: Float[Array, " slots"]
 ) -> Float[Array, " slots"]:
-    """Returns the solution of a lower triangular system."""
-    return jax.lax.linalg.triangular_solve(
-        factor, b[:, None], left_side=True, lower=True
-    )[:, 0]
+    """Returns the product of a small matrix with a vector."""
+    return total(matrix * b[None], 1)
 
 
 def fit(
@@ -260,13 +290,10 @@ def fit(
     ridge = jnp.where(filled[None, :], ridge, 1)
     eye = np.eye(filled.size, dtype=bool)[None]
     grams = jax.lax.stop_gradient(gram[None] + jnp.where(eye, ridge[:, :, None], 0))
-    factor, free = vs.apart(jax.lax.linalg.cholesky(grams, symmetrize_input=False))
+    half, free = vs.apart(jax.lax.stop_gradient(half_inverse(grams)))
 
     def solve(b: Float[Array, " slots"]) -> Float[Array, " slots"]:
-        half = half_solve(factor, b)[:, None]
-        return jax.lax.linalg.triangular_solve(
-            factor, half, left_side=True, lower=True, transpose_a=True
-        )[:, 0]
+        return times(half.T, times(half, b))
 
     def slope(rest: Y) -> Float[Array, " slots"]:
         return jnp.where(filled, dots(history.dr, rest, dtype) / lengths, 0)
