@@ -12,7 +12,7 @@ import contextvars
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ _few = contextvars.ContextVar("_few", default=_FEW)
 
 
 @contextlib.contextmanager
-def in_loops() -> Iterator[None]:
+def in_loops() -> Generator[None]:
     """What is traced here takes no entries one by one.
 
     That is fast, and long: in a kernel that is hardly ever run, it is in the way.

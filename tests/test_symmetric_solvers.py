@@ -8,6 +8,7 @@ import pytest
 
 import eqximplicit as eqi
 from eqximplicit.linear_solvers import DirectSymmetric, LeastNorm, Tikhonov
+from eqximplicit.linear_solvers._dense import skewness
 
 SPECTRAL = (LeastNorm(), LeastNorm(least_squares=True), Tikhonov(1e-6))
 JACOBIANS = (jax.jacfwd, jax.jacrev)
@@ -326,3 +327,12 @@ def test_lineax_differentiates_a_wide_least_norm_solution():
     tall = lx.MatrixLinearOperator(wide.T)
     out = lx.linear_solve(tall, jnp.ones(5), LeastNorm(), throw=False)
     assert not _succeeded(out)
+
+
+@pytest.mark.parametrize("n", [10, 100])
+@pytest.mark.parametrize("hole", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("place", [(0, 0), (2, 5), (-1, -1)])
+def test_matrix_that_is_not_finite_is_as_skew_as_can_be(n, hole, place):
+    # No comparison with NaN holds. XLA's maximum of many entries passes over it.
+    matrix = jnp.eye(n).at[place].set(hole)
+    assert jnp.isnan(jax.jit(skewness)(matrix))

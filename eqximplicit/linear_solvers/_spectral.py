@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from .._lanes import any_lane
+from .._state import all_finite
 from ._dense import materialised, SKEWED, skewness, zero_below
 from ._residual import epsilon, norm, require_real
 
@@ -72,7 +73,7 @@ def decompose(
     matrix = materialised(operator, max_bytes, who)
     domain = structure_key(operator.in_structure())
     if not lx.is_symmetric(operator):
-        sound = jnp.all(jnp.isfinite(matrix))
+        sound = all_finite(matrix)
         return SpectralState(*_guarded(_by_singular_values, matrix, sound), domain)
     skew, eps = skewness(matrix), epsilon(operator.in_structure())
     # Eigenvectors are those of the mean of a matrix and its transpose.

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
 from .._lanes import any_lane
-from .._state import known
+from .._reduce import anywhere
+from .._state import known, peak
 from ._closed_form import inverse
 from ._dense import (
     consistency_limit,
@@ -90,12 +91,12 @@ def _spectral(
     # What is indefinite is no minimum nearly reached, with directions nearly flat.
     values, vectors = jnp.linalg.eigh(matrix)
     sizes = jnp.abs(values)
-    largest = jnp.max(sizes)
+    largest = jnp.maximum(sizes[0], sizes[-1])  # they ascend
     indefinite = values[0] < -(epsilon(matrix) ** 0.25) * largest
     keep = sizes > jnp.where(indefinite, null, rcond) * largest
     weights = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
-    soft = jnp.any(~keep & (sizes > zero * largest))
-    return _Spectral(vectors, weights, jnp.all(keep), soft, indefinite)
+    without, soft = anywhere(~keep, ~keep & (sizes > zero * largest))
+    return _Spectral(vectors, weights, ~without, soft, indefinite)
 
 
 class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
@@ -242,7 +243,7 @@ def _limits(
     # norm one, for a right-hand side that is itself no more than rounding: the gradient
     # at a minimum, say, the cotangent of the objective there. In a soft direction that
     # may be all that there is of a small one.
-    top = jnp.max(jnp.abs(x))
+    top = peak(x)
     size = jnp.where(soft, top, jnp.where(state.strict, jnp.maximum(top, 1), 1))
     noise = jnp.where(state.strict, NULL, NOISE)
     rounding = noise * eps * size * jnp.linalg.norm(state.matrix)
@@ -302,7 +303,7 @@ def _completed(
     def by_lane() -> _Spectral:
         found = _spectral(matrix, *cuts)
         # No curvature at all tells nothing, whatever the right-hand side.
-        told = definite | (~skewed & (jnp.max(jnp.abs(matrix)) > 0))
+        told = definite | (~skewed & (peak(matrix) > 0))
         return _Spectral(
             jnp.where(definite, factor, found.vectors),
             jnp.where(told, found.weights, jnp.nan),

@@ -17,16 +17,8 @@ from .._placement import on_one_device
 from .._ranges import refuse_below, refuse_negative
 from .._state import known
 from ._dense import consistency_limit, uncertainty
-from ._iterations import (
-    conjugate_gradient,
-    conjugate_residual,
-    contracts,
-    Found,
-    Iterate,
-    picard,
-    start,
-    System,
-)
+from ._iterations import contracts, Found, picard, System, unbegun
+from ._krylov_iterations import conjugate_gradient, conjugate_residual
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import (
     dot,
@@ -230,13 +222,13 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         straight: bool,
     ) -> _Outcome:
         system = self._system(state, vector, options)
-        it: Iterate | Found
+        warm = options.get("y0")
         if straight:
-            it = start(system, options.get("y0"))
+            it = unbegun(system, warm)
         elif state.symmetric:
-            it = conjugate_gradient(system, start(system, options.get("y0")))
+            it = conjugate_gradient(system, warm)
         else:
-            it = picard(system, options.get("y0"), contracts)
+            it = picard(system, warm, contracts)
         no = jnp.asarray(False)
         need = (straight | ~system.solved(it.rr)) & jnp.isfinite(system.bb)
         first = _Outcome(it.x, it.rr, it.steps, no, no)
@@ -262,11 +254,12 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             return second()
         return jax.lax.cond(any_lane(need), second, lambda: first)
 
-    def _continue(self, system: System, it: Iterate | Found) -> _Outcome:
+    def _continue(self, system: System, it: Found) -> _Outcome:
+        """The second phase, from where the first has come to, if that is any better."""
         system = dataclasses.replace(system, max_steps=2 * self.max_steps)
         restart, no = min(self.restart, size(system.b)), jnp.asarray(False)
-        first = it if isinstance(it, Iterate) else _resumed(system, it)
-        it = conjugate_residual(system, first, restart)
+        x = where(it.rr <= system.bb, it.x, zeros_like(it.x))
+        it = conjugate_residual(system, x, it.steps, restart)
         return _Outcome(it.x, it.rr, it.steps, no, no)
 
     def _solve_lane_or_columns(
@@ -308,13 +301,6 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             return out, jtu.tree_map(lambda _: True, out)
 
         return solve(arrays, vector)
-
-
-def _resumed(system: System, found: Found) -> Iterate:
-    """Where Picard iteration has ended; or zero, where that is better."""
-    x = where(found.rr <= system.bb, found.x, zeros_like(found.x))
-    it = start(system, x)
-    return dataclasses.replace(it, steps=it.steps + found.steps)
 
 
 def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -> Any:
