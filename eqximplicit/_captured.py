@@ -11,7 +11,6 @@ import dis
 import functools
 import sysconfig
 import types
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -21,12 +20,12 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 
 from ._state import stop_gradient
+from ._walk import walk
 
 F = TypeVar("F")
 
 CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
 _PLAIN = (jax.Array, bool, int, float, complex, str)
-_LIMIT = 100_000  # of objects: one may make up an attribute each time
 # Whose globals are not looked at: they hold nothing of the user.
 _INSTALLED = (
     "<frozen ",
@@ -127,17 +126,9 @@ def _tracers(
     root: object, name: str, parts: Callable[[Any, str], _Parts], apart: object = None
 ) -> Iterator[tuple[str, Tracer[Any]]]:
     """The traced arrays that `root` holds; not those that only `apart` does."""
-    left = deque([(name, root)])
-    seen = {id(apart): apart}  # which keeps it alive: an `id` could come again
-    while left and len(seen) < _LIMIT:
-        name, value = left.popleft()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
+    for path, value in walk([(name, root)], parts, apart):
         if isinstance(value, Tracer):
-            yield name, value
-        else:
-            left += parts(value, name)
+            yield path, value
 
 
 def captured_tracers(fn: Callable[..., Any]) -> list[tuple[str, Tracer[Any]]]:

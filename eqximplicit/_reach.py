@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from ._custom_types import PyTree
 from ._state import leaf_name
+from ._walk import walk
 
 # Their inner jaxpr takes and gives what they take and give, once.
 _CALLS = frozenset(
@@ -145,19 +146,19 @@ def reach(fn: Callable[[Any], PyTree[Any]], theta: Any) -> Reach:
     )
 
 
-def _captured(left: list[Any]) -> Iterator[tuple[str, Any]]:
+def _captured(values: list[Any]) -> Iterator[tuple[str, Any]]:
     """The inexact arrays that functions, and those they call, read from outside."""
-    left, seen = list(left), dict[int, Any]()
-    while left:
-        value = left.pop()
-        if id(value) in seen or not callable(value):
-            continue
-        seen[id(value)] = value
+    for name, value in walk((("", value) for value in values), _read_by):
+        if eqx.is_inexact_array(value):
+            yield name, value
+
+
+def _read_by(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    del name
+    if callable(value):
         for name, part in _read_from_outside(value).items():
             for path, leaf in _leaves(part):
-                if eqx.is_inexact_array(leaf):
-                    yield leaf_name(name, path), leaf
-                left.append(leaf)
+                yield leaf_name(name, path), leaf
 
 
 def _leaves(part: Any) -> list[tuple[Any, Any]]:

@@ -1,7 +1,6 @@
 """A guard against arrays in static fields, where no derivative can reach them."""
 
 import dataclasses
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.tree_util as jtu
 
 from ._captured import CALLABLES, items, parts_of_callable
 from ._state import describe, leaf_name
+from ._walk import walk
 
 REMEDY = "Remove `static=True` from the field, or store a hashable value."
 
@@ -27,26 +27,21 @@ def _holders(node: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def static_arrays_in(node: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Each array in a static field of a module, with how to reach it."""
-    left, seen = deque(_holders(node, name)), dict[int, object]()
-    while left:  # no recursion: what is held may be deep
-        name, held = left.popleft()
-        if id(held) in seen:
-            continue
-        seen[id(held)] = held  # alive, or an `id` could come again
+    for path, held in walk(_holders(node, name), _live_parts):
         if isinstance(held, eqx.Module):
-            yield from _own_static_arrays(held, name)
-            left += _in_live_fields(held, name)
-        elif isinstance(held, CALLABLES):
-            left += parts_of_callable(held, name)
-        elif isinstance(held, (list, tuple, dict)):
-            left += items(held, name)
+            yield from _own_static_arrays(held, path)
 
 
-def _in_live_fields(module: eqx.Module, name: str) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(module):
-        if not field.metadata.get("static", False):
-            value = getattr(module, field.name, None)
-            yield from _holders(value, f"{name}.{field.name}")
+def _live_parts(held: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(held, eqx.Module):
+        for field in dataclasses.fields(held):
+            if not field.metadata.get("static", False):
+                value = getattr(held, field.name, None)
+                yield from _holders(value, f"{name}.{field.name}")
+    elif isinstance(held, CALLABLES):
+        yield from parts_of_callable(held, name)
+    elif isinstance(held, (list, tuple, dict)):
+        yield from items(held, name)
 
 
 def _own_static_arrays(module: eqx.Module, name: str) -> Iterator[tuple[str, Any]]:
