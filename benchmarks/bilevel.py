@@ -15,6 +15,7 @@ from common import (
     jaxopt_linear,
     layer_call,
     MATCHED,
+    NAMED,
     OURS,
     Solve,
     value_and_grad,
@@ -159,14 +160,16 @@ def logistic() -> Workload:
     adjoint = eqi.ImplicitAdjoint(eqi.AutoLinearSolver(rtol=adjoint_rtol))
     condition = eqi.Minimum(objective, tags=lx.positive_semidefinite_tag)
     ours = eqi.ImplicitFunction(condition, None, adjoint, throw=False)
-    matched = eqi.ImplicitFunction(
-        condition,
-        lambda _, theta: forward(theta),
-        eqi.ImplicitAdjoint(eqi.HybridKrylov(rtol=adjoint_rtol, restart=0)),
-        throw=False,
+    plain = eqi.ImplicitAdjoint(eqi.HybridKrylov(rtol=adjoint_rtol, restart=0))
+    named, matched = (
+        eqi.ImplicitFunction(
+            condition, lambda _, theta: forward(theta), how, throw=False
+        )
+        for how in (adjoint, plain)
     )
     solves = {
         OURS: layer_call(ours, w0),
+        NAMED: layer_call(named, w0),
         MATCHED: layer_call(matched, w0),
         BY_HAND: minimum_by_hand(
             objective,

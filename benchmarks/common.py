@@ -4,8 +4,9 @@ A contestant is a function `solve(theta) -> y`, differentiable in `theta`; its w
 says which derivative of it is wanted. Everyone is asked for the same tolerances. The
 references are NumPy programs that share no code with any contestant.
 
-Contestants' names: `eqximplicit` has the default solvers, `eqximplicit, matched` is
-given the algorithm of the code `by hand`. Nothing raises: every library is asked for
+Contestants' names: `eqximplicit` has the default solvers, `eqximplicit, named` a
+plain forward solver by name and the default linear solver, and `eqximplicit, matched`
+is given the algorithm of the code `by hand`. Nothing raises: every library is asked for
 `throw=False`, which is what `optimistix` is fastest with, too.
 """
 
@@ -30,6 +31,8 @@ with warnings.catch_warnings():  # jaxopt announces on import that nobody mainta
 
 Solve = Callable[[Any], Any]
 OURS, MATCHED, BY_HAND = "eqximplicit", "eqximplicit, matched", "by hand"
+# As `MATCHED`, but for the linear solver, which is the default.
+NAMED = "eqximplicit, named"
 # As `by hand`, but for the linear system, which is left to the solver of `MATCHED`.
 SAME = "rule by hand"
 # A layer that differs from that in the rule alone.

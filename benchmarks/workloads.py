@@ -28,6 +28,7 @@ from common import (
     lineax_adjoint,
     MATCHED,
     MATCHED_LU,
+    NAMED,
     OURS,
     OWN,
     OWN_LU,
@@ -84,11 +85,10 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
     small = z0.size <= 32
     condition, neumann = eqi.FixedPoint(tanh_cell), eqi.Neumann(rtol=adjoint_rtol)
     plain = optx.FixedPointIteration(rtol=tol, atol=tol)
-    ours = eqi.ImplicitFunction(
-        condition,
-        eqi.AutoFixedPoint(rtol=tol, atol=tol),
-        eqi.ImplicitAdjoint(eqi.AutoLinearSolver(rtol=adjoint_rtol)),
-        throw=False,
+    by_default = eqi.ImplicitAdjoint(eqi.AutoLinearSolver(rtol=adjoint_rtol))
+    ours, named = (
+        eqi.ImplicitFunction(condition, solver, by_default, throw=False)
+        for solver in (eqi.AutoFixedPoint(rtol=tol, atol=tol), plain)
     )
     matched = eqi.ImplicitFunction(
         condition,
@@ -99,6 +99,7 @@ def tanh_solves(z0: Any, tol: float, adjoint_rtol: float) -> dict[str, Solve]:
     by_hand = functools.partial(fixed_point_by_hand, tanh_cell, z0, tol)
     solves = {
         OURS: layer_call(ours, z0),
+        NAMED: layer_call(named, z0),
         MATCHED: layer_call(matched, z0),
         BY_HAND: by_hand(picard_adjoint(adjoint_rtol)),
         SAME: by_hand(lineax_adjoint(neumann)),
@@ -208,9 +209,9 @@ def jacobian(mode: str) -> Workload:
     w, x = tanh_data(200, (), jnp.float64)
     z0 = jnp.zeros_like(x)
     every = tanh_solves(z0, 1e-8, 1e-7)
-    names = (OURS, "optimistix", "jaxopt, GMRES")
+    names = (OURS, NAMED, "optimistix", "jaxopt, GMRES")
     if mode == "fwd":  # jaxopt has no forward mode through a `custom_vjp`
-        names = (OURS, "optimistix")
+        names = (OURS, NAMED, "optimistix")
     transform = jax.jacfwd if mode == "fwd" else jax.jacrev
     solves = {name: lambda x, s=every[name]: s((w, x)) for name in names}
     matched = eqi.ImplicitFunction(

@@ -17,10 +17,11 @@ from ._captured import detach
 from ._claim import Claim
 from ._condition import AbstractCondition, LeastSquares, Minimum, Root
 from ._custom_types import check_instance, LinearSolver, PyTree
+from ._entries import greatest
 from ._implicit import attached_solution, implicit_solution
 from ._iterate import lax_while_loop, Outcome, WhileLoop
 from ._solution import is_successful, RESULTS, where_result
-from ._state import coarse_epsilon, greatest, stop_gradient
+from ._state import coarse_epsilon, stop_gradient
 from .linear_solvers import AutoLinearSolver
 from .linear_solvers._residual import size
 from .linear_solvers.auto import DENSE_SIZE

@@ -11,16 +11,11 @@ from jax.core import Tracer
 from ._arguments import Arguments
 from ._captured import captured_tracers
 from ._condition import AbstractCondition, FixedPoint, LeastSquares, Minimum
+from ._entries import all_finite
 from ._iterate import Outcome
 from ._pair import check_no_pair, split_pair
 from ._solution import is_successful, RESULTS
-from ._state import (
-    all_finite,
-    as_state,
-    check_same_shapes,
-    describe,
-    leaf_name,
-)
+from ._state import as_state, check_same_shapes, describe, leaf_name
 from .solvers import AbstractHostSolver
 
 _NOT_TRACEABLE = (

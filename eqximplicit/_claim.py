@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree
+from ._entries import max_abs
 from ._lanes import any_lane
-from ._state import max_abs
 from .linear_solvers._residual import inner
 from .solvers._curvature import extreme_curvatures, is_negative
 from .solvers._default import ROUNDINGS

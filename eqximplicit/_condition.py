@@ -6,7 +6,6 @@ solution is differentiated, is not known here.
 """
 
 import abc
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, cast, Generic, TypeVar
 
@@ -16,12 +15,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from equinox import AbstractVar
-from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
-from ._coupling import coupled_axes
 from ._custom_types import check_no_class, PyTree, ShapeDtypeStruct
-from ._pair import check_no_pair, split_pair
+from ._pair import split_pair
 from ._state import (
     check_same_field,
     check_same_shapes,
@@ -29,12 +26,10 @@ from ._state import (
     describe,
     leaf_name,
     retree,
-    struct_of,
 )
 
 Y = TypeVar("Y")
 Args = TypeVar("Args")
-_Condition = TypeVar("_Condition", bound="AbstractCondition[Any, Any]")
 
 
 def _tag_set(tags: object) -> frozenset[object]:
@@ -90,84 +85,6 @@ class AbstractCondition(eqx.Module, Generic[Y, Args]):
             split_pair(out, "function", "(out, aux)") if self.has_aux else (out, None)
         )
         return jtu.tree_map(_as_array, pair[0]), pair[1]
-
-
-class _Hoisted(eqx.Module):
-    """A function whose captured arrays are leaves; its output is `(out, aux)`."""
-
-    fn: Callable[..., Any]
-    takes_aux: bool = eqx.field(static=True)
-
-    def __call__(self, y: Any, args: Any, aux: Any = None) -> Any:
-        out = self.fn(y, args, aux if self.takes_aux else None)
-        leaves, structure = jtu.tree_flatten(out)
-        structs = jtu.tree_leaves(self.out_struct)
-        pairs = zip(structs, leaves, strict=True)
-        return jtu.tree_unflatten(structure, [_in_dtype_of(*pair) for pair in pairs])
-
-    @property
-    def out_struct(self) -> tuple[Any, Any]:
-        """Shapes and dtypes of the output and of the auxiliary output."""
-        return cast(Any, self.fn).out_struct
-
-    @property
-    def jaxpr(self) -> Jaxpr:
-        return cast(Any, self.fn).jaxpr
-
-
-def hoist(condition: _Condition, y: Any, args: Any, aux: Any = None) -> _Condition:
-    """The same condition, with every array that `fn` captured as a leaf of its pytree.
-
-    Runs `fn` once, on tracers. Its output is made of arrays and has been checked. A
-    condition that is hoisted already is returned as it is.
-
-    **Raises:** `ValueError` if the output does not fit the state.
-    """
-    if isinstance(condition.fn, _Hoisted):
-        return condition
-
-    def call(y: Any, args: Any, aux: Any) -> Any:
-        out, fn_aux = condition.call(y, args, aux)
-        check = lambda out: condition.check(out, struct_of(y))
-        if condition.has_aux:
-            check(struct_of(out))
-        else:
-            check_no_pair(check, struct_of(out), "function")
-        return out, fn_aux
-
-    given = aux if condition.takes_aux else None
-    fn = eqx.filter_closure_convert(call, y, args, given)
-    _refuse_coupled_lanes(cast(Any, fn), y)
-    fn = _Hoisted(fn, condition.takes_aux)
-    return dataclasses.replace(condition, fn=fn, has_aux=True, takes_aux=True)
-
-
-def _refuse_coupled_lanes(converted: Any, y: Any) -> None:
-    num_state, num_out = (len(jtu.tree_leaves(x)) for x in (y, converted.out_struct[0]))
-    if axes := coupled_axes(converted.jaxpr, num_state, num_out):
-        raise ValueError(
-            f"The function couples the lanes of the mapped axis {axes[0]!r} through "
-            "the state, by a collective, so that no lane has a solution of its own. "
-            "Make one state of all lanes: solve outside of the `vmap` or `shard_map`, "
-            "and map inside of the function."
-        )
-
-
-def out_struct(hoisted: AbstractCondition[Any, Any]) -> tuple[Any, Any]:
-    """Shapes and dtypes of what the function of a hoisted condition returns."""
-    return cast(_Hoisted, hoisted.fn).out_struct
-
-
-def jaxpr(hoisted: AbstractCondition[Any, Any]) -> Jaxpr:
-    """The jaxpr of the function of a hoisted condition."""
-    return cast(_Hoisted, hoisted.fn).jaxpr
-
-
-def _in_dtype_of(struct: object, leaf: Any) -> Any:
-    """`leaf`, as an array if it is to be one: a constant comes as a literal."""
-    given = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-    declared = isinstance(struct, jax.ShapeDtypeStruct)
-    return jnp.asarray(leaf, struct.dtype) if declared and not given else leaf
 
 
 def _refuse_no_function(fn: object) -> None:

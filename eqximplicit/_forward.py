@@ -8,11 +8,12 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._condition import LeastSquares, Minimum
+from ._entries import max_abs
 from ._finding import Finding, number
 from ._point import flat, is_iterative, Point, unflat
 from ._solution import RESULTS
 from ._spectrum import probe, Spectrum
-from ._state import max_abs, real_dtype
+from ._state import real_dtype
 from .solvers._curvature import is_negative
 from .solvers._default import fitted, with_tolerances
 from .solvers.auto_root_finder import AutoRootFinder

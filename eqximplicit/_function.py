@@ -16,21 +16,21 @@ from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
 from ._brief import brief, brief_condition
 from ._call import by_name, call_host_solver, call_solver
 from ._claim import is_rounding
-from ._condition import AbstractCondition, hoist
+from ._condition import AbstractCondition
 from ._custom_types import check_instance, check_no_class
+from ._entries import all_finite, max_abs
 from ._failure import refuse_failure
+from ._hoist import hoist
 from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
 from ._read import Read, without_arrays
 from ._reverse_only import reverse_only_explained
 from ._solution import Aux, RESULTS, Solution, where_result
 from ._state import (
-    all_finite,
     as_arrays,
     as_state,
     coarse_epsilon,
     is_traceable,
-    max_abs,
     numbers_as_arrays,
     stop_gradient,
 )

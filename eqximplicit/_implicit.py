@@ -22,8 +22,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool
 
 from ._claim import Claim
-from ._condition import AbstractCondition, hoist, Root
+from ._condition import AbstractCondition, Root
 from ._custom_types import check_instance, LinearSolver, PyTree
+from ._hoist import hoist
 from ._linear import differentiable_linear_solve
 from ._linear_rule import LinearRule
 from ._linearise import linearised

@@ -17,23 +17,14 @@ from jaxtyping import Array, Bool, Int
 
 from ._condition import AbstractCondition
 from ._custom_types import PyTree
+from ._entries import all_finite, max_abs, max_norm
 from ._lanes import any_lane, in_every_lane
 from ._monitor import Monitor, Watch
 from ._one_kernel import in_one_kernel
 from ._problem import iterated_fn, IteratedFn, Solver
 from ._reduce import in_loops
 from ._solution import as_results, is_successful, RESULTS
-from ._state import (
-    all_finite,
-    coarse_epsilon,
-    filled,
-    from_real,
-    max_abs,
-    max_norm,
-    real_dtype,
-    select,
-    to_real,
-)
+from ._state import coarse_epsilon, filled, from_real, real_dtype, select, to_real
 from .solvers._default import fitted, with_tolerances
 from .solvers._multiple import is_simple
 from .solvers._opening import AbstractOpening, chosen, LEAST_BUDGET, Opened

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool
 
 from ._claim import Bend, Claim, Doubt, is_saddle
 from ._custom_types import PyTree
+from ._entries import all_finite
 from ._linear_rule import (
     directly,
     factorised,
@@ -30,7 +31,7 @@ from ._linear_rule import (
 from ._linearise import Linearised
 from ._one_kernel import in_one_kernel
 from ._primitives import flatten, Leaves, linear_solve, LinearSystem, once
-from ._state import all_finite, real_dtype, stop_gradient
+from ._state import real_dtype, stop_gradient
 from .linear_solvers import LeastNorm
 from .linear_solvers._measured import AbstractMeasuredSolver
 from .linear_solvers._residual import even

@@ -15,8 +15,9 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from ._custom_types import LinearSolver, PyTree
+from ._entries import nonzero_and_finite
 from ._solution import is_successful
-from ._state import nonzero_and_finite, real_dtype
+from ._state import real_dtype
 from .linear_solvers._measured import (
     AbstractMeasuredSolver,
     as_given,

@@ -25,14 +25,13 @@ from ._condition import (
     AbstractCondition,
     FixedPoint,
     half_sum_of_squares,
-    jaxpr,
     LeastSquares,
     Minimum,
-    out_struct,
     Root,
 )
 from ._cost import num_operations
 from ._custom_types import PyTree, ShapeDtypeStruct
+from ._hoist import jaxpr, out_struct
 from ._state import from_real, real_dtype, retree, struct_of, to_real
 
 Solver = optx.AbstractIterativeSolver[Any, Any, Any, Any]

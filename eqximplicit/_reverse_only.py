@@ -8,8 +8,9 @@ import jax
 import jax.tree_util as jtu
 from jax.extend.core import Jaxpr
 
-from ._condition import AbstractCondition, jaxpr
+from ._condition import AbstractCondition
 from ._custom_types import PyTree
+from ._hoist import jaxpr
 from ._reach import inner_jaxprs
 
 

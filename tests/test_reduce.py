@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eqximplicit._entries import every, peak
 from eqximplicit._reduce import anywhere, largest, total
-from eqximplicit._state import every, peak
 
 SHAPES = [
     *[(), (0,), (1,), (3,), (16,), (17,), (33,), (1000,), (1025,), (4095,), (5000,)],

@@ -820,8 +820,25 @@ def test_default_derivative_of_an_implicit_step_of_diffusion():
     np.testing.assert_allclose(gradient, exact, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("inside", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("state", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    ("state", "inside"),
+    [
+        (jnp.bfloat16, jnp.bfloat16),
+        (jnp.float32, jnp.float16),
+        (jnp.float64, jnp.float32),
+        *(
+            pytest.param(state, inside, marks=pytest.mark.slow)
+            for state, inside in (
+                (jnp.bfloat16, jnp.float16),
+                (jnp.bfloat16, jnp.float32),
+                (jnp.float32, jnp.bfloat16),
+                (jnp.float32, jnp.float32),
+                (jnp.float64, jnp.bfloat16),
+                (jnp.float64, jnp.float16),
+            )
+        ),
+    ],
+)
 def test_default_takes_no_bands_from_products_of_lower_precision(state, inside):
     def fn(y, w):
         return (0.5 * jnp.tanh(y.astype(inside))).astype(state) + w

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact
 
 from .._custom_types import ShapeDtypeStruct
+from .._entries import every, peak
 from .._reduce import anywhere
-from .._state import every, peak
 from ._bands import diagonals_of
 from ._coloring import bands, colour
 from ._dense import NOISE

@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact
 
-from .._state import every
+from .._entries import every
 from ._equation import as_function, CALLS, Equation, evaluated, variables
 
 # Values with more diagonals than this are not followed.

@@ -12,8 +12,9 @@ from jax.extend.core import Jaxpr
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
+from .._entries import peak
 from .._reach import inner_jaxprs
-from .._state import known, peak
+from .._state import known
 from ._residual import check_bytes, norm
 from ._small import as_matrix
 

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
-from .._state import max_abs
+from .._entries import max_abs
 from ._closed_form import inverse_power
 from ._residual import dot, is_zero, scale, where, within, zeros_like
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact
 
 from .._custom_types import ShapeDtypeStruct
-from .._state import peak
+from .._entries import peak
 from ._coloring import Colouring
 from ._structure import Structure
 

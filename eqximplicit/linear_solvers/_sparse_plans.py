@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from jaxtyping import Array, Bool, Float, Inexact
 from scipy.sparse.csgraph import structural_rank
 
-from .._state import every
+from .._entries import every
 from ._banded_plans import DiagonalPlan, TridiagonalPlan
 from ._blocks import Blocks
 from ._coloring import colour, MISSING

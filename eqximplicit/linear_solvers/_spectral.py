@@ -11,8 +11,8 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from .._entries import all_finite
 from .._lanes import any_lane
-from .._state import all_finite
 from ._dense import materialised, SKEWED, skewness, zero_below
 from ._residual import epsilon, norm, require_real
 

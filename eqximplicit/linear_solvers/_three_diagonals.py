@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Inexact
 
+from .._entries import every, max_abs
 from .._lanes import any_lane
-from .._state import every, max_abs
 from ._dense import NOISE, singular_below
 from ._plan import or_one
 from ._residual import epsilon

@@ -11,8 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool
 
 from .._custom_types import LinearSolver, PyTree, ShapeDtypeStruct
+from .._entries import greatest, max_abs
 from .._solution import is_successful
-from .._state import greatest, max_abs
 from ._dense import residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import check_bytes, dot, epsilon, even, minus, size, structure

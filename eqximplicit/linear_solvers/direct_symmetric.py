@@ -1,7 +1,7 @@
 """A symmetric system: Cholesky, and the pseudo-inverse where that does not exist."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,10 +11,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
+from .._entries import peak
 from .._lanes import any_lane
-from .._reduce import anywhere
-from .._state import known, peak
-from ._closed_form import inverse
+from .._state import known
 from ._dense import (
     consistency_limit,
     is_coarse,
@@ -33,11 +32,8 @@ from ._dense import (
 )
 from ._measured import AbstractDirectSolver, Measured, measured
 from ._residual import dot, epsilon, norm, structure
-from ._small import dense, LARGEST
-
-_Cut = float | Array  # an array where it goes with a size that is symbolic
-# The largest relative change of an inverse by rounding, by estimate.
-_LARGEST_CHANGE = 0.25
+from ._small import LARGEST
+from ._symmetric_factors import completed, Cut, definite_factor, rows, skew_inverse
 
 
 class SymmetricState(eqx.Module):
@@ -67,36 +63,6 @@ class SymmetricState(eqx.Module):
     def oriented(self, square: Float[Array, "n n"]) -> Float[Array, "n n"]:
         """The matrix or its inverse, as this state or its transpose has it."""
         return square.T if self.transposed else square
-
-
-class _Spectral(NamedTuple):
-    """Eigenvectors, inverse eigenvalues, and which of these were left out."""
-
-    vectors: Float[Array, "n n"]
-    weights: Float[Array, " n"]
-    whole: Bool[Array, ""]
-    soft: Bool[Array, ""]
-    indefinite: Bool[Array, ""]
-
-
-def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n n"]:
-    """The pseudo-inverse of a symmetric matrix, by its eigenvectors."""
-    found = _spectral(matrix, rcond, rcond, rcond)
-    return (found.vectors * found.weights[None, :]) @ found.vectors.T
-
-
-def _spectral(
-    matrix: Float[Array, "n n"], rcond: float, zero: _Cut, null: _Cut
-) -> _Spectral:
-    # What is indefinite is no minimum nearly reached, with directions nearly flat.
-    values, vectors = jnp.linalg.eigh(matrix)
-    sizes = jnp.abs(values)
-    largest = jnp.maximum(sizes[0], sizes[-1])  # they ascend
-    indefinite = values[0] < -(epsilon(matrix) ** 0.25) * largest
-    keep = sizes > jnp.where(indefinite, null, rcond) * largest
-    weights = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
-    without, soft = anywhere(~keep, ~keep & (sizes > zero * largest))
-    return _Spectral(vectors, weights, ~without, soft, indefinite)
 
 
 class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
@@ -157,14 +123,14 @@ class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
         skew, coarse = skewness(matrix), is_coarse(operator)
         tight = consistency_limit(eps)
         matrix = jnp.where(skew <= (SKEWED if coarse else tight), matrix, jnp.nan)
-        factor, health = _definite_factor(matrix)
+        factor, health = definite_factor(matrix)
         # Ten times the limit: the health of a pivot is only an upper bound.
         definite = health > 10 * max(limit, rcond)
         skewed = skew > tight
         if coarse:
-            factor, regular = _skew_inverse(matrix, factor, skewed)
+            factor, regular = skew_inverse(matrix, factor, skewed)
             definite = jnp.where(skewed, regular, definite)
-        found = _completed(definite, skewed, matrix, factor, self._cuts(matrix))
+        found = completed(definite, skewed, matrix, factor, self._cuts(matrix))
         strict = found.indefinite & (self.rcond is None)
         error = jnp.asarray(options.get("operator_error", 0), matrix.dtype)
         return SymmetricState(
@@ -181,11 +147,11 @@ class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
             coarse,
         )
 
-    def _cuts(self, matrix: Float[Array, "n n"]) -> tuple[float, _Cut, _Cut]:
+    def _cuts(self, matrix: Float[Array, "n n"]) -> tuple[float, Cut, Cut]:
         """Below which parts of the largest eigenvalue others are left out, and zero."""
         if self.rcond is not None:
             return self.rcond, self.rcond, self.rcond
-        n, eps = _rows(matrix), epsilon(matrix)
+        n, eps = rows(matrix), epsilon(matrix)
         return singular_below(eps), zero_below(n, eps), null_below(n, eps)
 
     def answer(
@@ -237,7 +203,7 @@ def _limits(
     whole, soft = state.whole, state.soft
     # A small eigenvalue of an indefinite matrix need not be zero: what is left out
     # there must be rounding of the right-hand side, too, or of a product with `x`.
-    limit = jnp.where(state.strict, null_below(_rows(b), eps), consistency_limit(eps))
+    limit = jnp.where(state.strict, null_below(rows(b), eps), consistency_limit(eps))
     rtol = jnp.where(whole, residual_limit(eps), limit)
     # Rounding of a product with `x`. In a null space also that of one with a vector of
     # norm one, for a right-hand side that is itself no more than rounding: the gradient
@@ -249,73 +215,6 @@ def _limits(
     rounding = noise * eps * size * jnp.linalg.norm(state.matrix)
     atol = jnp.where(whole, 0, rounding + uncertainty(state.error, x, b, eps))
     return rtol.astype(x.dtype), atol
-
-
-def _rows(x: Float[Array, "n ..."]) -> int | Array:
-    """The number of rows, a scalar array if it is symbolic."""
-    n: Any = x.shape[0]
-    return n if isinstance(n, int) else jnp.asarray(n, x.dtype)
-
-
-def _definite_factor(
-    matrix: Float[Array, "n n"],
-) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    # The health is NaN, and so fails every comparison, if there is no such factor.
-    if known(matrix.shape[0]) <= LARGEST:
-        found = inverse([list(row) for row in matrix])
-        return dense(found.rows), found.left / found.terms
-    factor = jnp.linalg.cholesky(matrix)
-    return factor, jnp.min(jnp.diag(factor) ** 2 / jnp.diag(matrix))
-
-
-def _skew_inverse(
-    matrix: Float[Array, "n n"], factor: Float[Array, "n n"], skewed: Bool[Array, ""]
-) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
-    """The inverse where `skewed`, else `factor`; and whether the inverse is regular.
-
-    If the skew is rounding, so much is uncertain of the symmetric part as well. In a
-    direction in which that is all there is, the inverse would be noise.
-    """
-
-    def inverted() -> tuple[Array, Array]:
-        inverse = factor
-        if known(matrix.shape[0]) > LARGEST:
-            safe = jnp.where(
-                skewed, matrix, jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-            )
-            inverse = jnp.where(skewed, jnp.linalg.inv(safe), factor)
-        change = jnp.linalg.norm(inverse) * jnp.linalg.norm(matrix - matrix.T)
-        # The norm of a random matrix is less than that of its entries.
-        return inverse, change <= _LARGEST_CHANGE * _rows(matrix) ** 0.5
-
-    return jax.lax.cond(any_lane(skewed), inverted, lambda: (factor, ~skewed))
-
-
-def _completed(
-    definite: Bool[Array, ""],
-    skewed: Bool[Array, ""],
-    matrix: Float[Array, "n n"],
-    factor: Float[Array, "n n"],
-    cuts: tuple[float, _Cut, _Cut],
-) -> _Spectral:
-    """`factor` where `definite`; if that is not all lanes, eigenvectors of the rest."""
-
-    def by_lane() -> _Spectral:
-        found = _spectral(matrix, *cuts)
-        # No curvature at all tells nothing, whatever the right-hand side.
-        told = definite | (~skewed & (peak(matrix) > 0))
-        return _Spectral(
-            jnp.where(definite, factor, found.vectors),
-            jnp.where(told, found.weights, jnp.nan),
-            definite | found.whole,
-            ~definite & found.soft,
-            ~definite & found.indefinite,
-        )
-
-    no = ~definite
-    return jax.lax.cond(
-        any_lane(no), by_lane, lambda: _Spectral(factor, factor[0], definite, no, no)
-    )
 
 
 def _apply(state: SymmetricState, b: Float[Array, " n"]) -> Float[Array, " n"]:

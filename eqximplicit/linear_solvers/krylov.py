@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from .._custom_types import LinearSolver, PyTree
 from .._lanes import any_lane
@@ -18,6 +18,7 @@ from .._ranges import refuse_below, refuse_negative
 from .._state import known
 from ._dense import consistency_limit, uncertainty
 from ._iterations import contracts, Found, picard, System, unbegun
+from ._krylov_fallback import columns, direct, factorised, KrylovState, Outcome
 from ._krylov_iterations import conjugate_gradient, conjugate_residual
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import (
@@ -43,27 +44,6 @@ FALLBACK_BYTES = 2**28
 def default_rtol(eps: float) -> float:
     """The relative residual at which a matrix-free solve stops by default."""
     return max(1e-10, 16 * eps)
-
-
-class KrylovState(eqx.Module):
-    """A linearised operator; `sign` is -1 for one tagged negative.
-
-    `error` is how far off a symmetric operator may be, in norm; `None` for not at all.
-    """
-
-    operator: lx.AbstractLinearOperator
-    error: Float[Array, ""] | None
-    sign: int = eqx.field(static=True)
-    symmetric: bool = eqx.field(static=True)
-    transposed: bool = eqx.field(default=False, static=True)  # of a symmetric one
-
-
-class _Outcome(eqx.Module):
-    x: PyTree[Array]
-    rr: Float[Array, ""]
-    steps: Int[Array, ""]
-    direct: Bool[Array, ""]  # whether the direct solver answered,
-    failed: Bool[Array, ""]  # and could not
 
 
 class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
@@ -208,7 +188,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         vector: PyTree[Array],
         options: dict[str, Any],
         straight: bool = False,
-    ) -> _Outcome:
+    ) -> Outcome:
         """What both phases find, or the second, if that is entered `straight`."""
         if self.fallback is None or options:
             return self._solve(state, vector, options, straight)
@@ -220,7 +200,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         vector: PyTree[Array],
         options: dict[str, Any],
         straight: bool,
-    ) -> _Outcome:
+    ) -> Outcome:
         system = self._system(state, vector, options)
         warm = options.get("y0")
         if straight:
@@ -231,21 +211,21 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             it = picard(system, warm, contracts)
         no = jnp.asarray(False)
         need = (straight | ~system.solved(it.rr)) & jnp.isfinite(system.bb)
-        first = _Outcome(it.x, it.rr, it.steps, no, no)
+        first = Outcome(it.x, it.rr, it.steps, no, no)
         if self.restart == 0:
             return first
         fallback = self.fallback
 
-        def iteratively() -> _Outcome:
+        def iteratively() -> Outcome:
             return self._continue(system, it)
 
-        def directly() -> _Outcome:
+        def directly() -> Outcome:
             assert fallback is not None
-            factors = _factors(fallback, state)
-            answer = _direct(fallback, factors, vector, options, it.steps)
+            factors = factorised(fallback, state)
+            answer = direct(fallback, factors, vector, options, it.steps)
             return where(need, answer, first)
 
-        def second() -> _Outcome:
+        def second() -> Outcome:
             if fallback is None:
                 return iteratively()
             return jax.lax.cond(on_one_device(), directly, iteratively)
@@ -254,17 +234,17 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             return second()
         return jax.lax.cond(any_lane(need), second, lambda: first)
 
-    def _continue(self, system: System, it: Found) -> _Outcome:
+    def _continue(self, system: System, it: Found) -> Outcome:
         """The second phase, from where the first has come to, if that is any better."""
         system = dataclasses.replace(system, max_steps=2 * self.max_steps)
         restart, no = min(self.restart, size(system.b)), jnp.asarray(False)
         x = where(it.rr <= system.bb, it.x, zeros_like(it.x))
         it = conjugate_residual(system, x, it.steps, restart)
-        return _Outcome(it.x, it.rr, it.steps, no, no)
+        return Outcome(it.x, it.rr, it.steps, no, no)
 
     def _solve_lane_or_columns(
         self, state: KrylovState, vector: PyTree[Array], straight: bool
-    ) -> _Outcome:
+    ) -> Outcome:
         """`_solve`, with a rule for `vmap` that knows how many columns there are."""
         arrays, static = eqx.partition(state, eqx.is_array)
         fallback = self.fallback
@@ -272,10 +252,10 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         n, itemsize = size(vector), jtu.tree_leaves(vector)[0].dtype.itemsize
         many, light = max(2, int(MANY * n)), dataclasses.replace(self, fallback=None)
 
-        def one(arrays: Any, vector: PyTree[Array]) -> _Outcome:
+        def one(arrays: Any, vector: PyTree[Array]) -> Outcome:
             return self._solve(eqx.combine(arrays, static), vector, {}, straight)
 
-        def one_light(arrays: Any, vector: PyTree[Array]) -> _Outcome:
+        def one_light(arrays: Any, vector: PyTree[Array]) -> Outcome:
             return light._solve(eqx.combine(arrays, static), vector, {}, straight)
 
         solve = custom_vmap(one)
@@ -283,7 +263,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         @solve.def_vmap
         def _(
             axis_size: Any, batched: list[Any], arrays: Any, vector: Any
-        ) -> tuple[_Outcome, Any]:
+        ) -> tuple[Outcome, Any]:
             lanes = known(axis_size)
             axes = jtu.tree_map(lambda b: 0 if b else None, batched)
             shared = not any(jtu.tree_leaves(batched[0]))
@@ -291,7 +271,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
                 state: KrylovState = eqx.combine(arrays, static)
                 out = jax.lax.cond(
                     on_one_device(),
-                    lambda: _columns(fallback, state, vector, axes[1]),
+                    lambda: columns(fallback, state, vector, axes[1]),
                     lambda: jax.vmap(one_light, tuple(axes))(arrays, vector),
                 )
             elif shared or lanes * n * n * itemsize <= FALLBACK_BYTES:
@@ -307,31 +287,3 @@ def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -
     if preconditioner is None:
         return lambda r: r
     return lambda r: scale(sign, preconditioner.mv(r))
-
-
-def _direct(
-    solver: LinearSolver,
-    factors: Any,
-    vector: PyTree[Array],
-    options: dict[str, Any],
-    steps: Int[Array, ""],
-) -> _Outcome:
-    x, result, stats = solver.compute(factors, vector, options)
-    yes = jnp.asarray(True)
-    failed = result != lx.RESULTS.successful
-    return _Outcome(x, stats["residual_norm"] ** 2, steps, yes, failed)
-
-
-def _factors(solver: LinearSolver, state: KrylovState) -> Any:
-    options = {} if state.error is None else {"operator_error": state.error}
-    factors = solver.init(state.operator, options)
-    # A direct solver does not take a tag at its word: the matrix may be skew.
-    return solver.transpose(factors, {})[0] if state.transposed else factors
-
-
-def _columns(
-    solver: LinearSolver, state: KrylovState, vector: PyTree[Array], axes: Any
-) -> _Outcome:
-    factors = _factors(solver, state)
-    none = jnp.asarray(0)
-    return jax.vmap(lambda b: _direct(solver, factors, b, {}, none), (axes,))(vector)

@@ -8,8 +8,8 @@ import lineax as lx
 from jaxtyping import Array
 
 from .._custom_types import PyTree
+from .._entries import max_abs
 from .._ranges import refuse_below, refuse_negative
-from .._state import max_abs
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
     add,

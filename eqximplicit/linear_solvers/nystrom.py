@@ -14,7 +14,7 @@ from .._custom_types import PyTree, ShapeDtypeStruct
 from .._ranges import refuse_below
 from ._measured import AbstractMeasuredSolver, approximate, Measured
 from ._residual import epsilon, minus, norm, size, structure
-from .direct_symmetric import pseudo_inverse
+from ._symmetric_factors import pseudo_inverse
 
 
 class NystromState(eqx.Module):

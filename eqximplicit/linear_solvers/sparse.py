@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import PyTree, ShapeDtypeStruct
-from .._state import every
+from .._entries import every
 from ._dense import MAX_BYTES
 from ._measured import AbstractDirectSolver, Measured
 from ._pattern import (

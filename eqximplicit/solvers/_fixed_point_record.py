@@ -17,9 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
+from .._entries import peak
 from .._packed import packed, unpacked, where, widened
 from .._reduce import total
-from .._state import peak
 from . import _vector_space as vs
 from ._verdict import Tolerance
 

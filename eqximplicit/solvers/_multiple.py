@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from .._custom_types import PyTree
-from .._state import max_abs
+from .._entries import max_abs
 from ..linear_solvers._residual import inner, minus
 
 # Of the residual, a step leaves at least a quarter at a multiple root.

@@ -12,8 +12,8 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
+from .._entries import all_finite, peak
 from .._solution import as_results, Aux, RESULTS, Y
-from .._state import all_finite, peak
 from ..linear_solvers._columns import columns_of
 from ..linear_solvers._dense import matvec
 from . import _root_phases as ph, _vector_space as vs

@@ -19,9 +19,10 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._entries import every, max_abs
 from .._packed import merged
 from .._reduce import total
-from .._state import every, max_abs, num_entries
+from .._state import num_entries
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Scalar
 
+from .._entries import peak
 from .._ranges import refuse_negative
 from .._solution import as_results, RESULTS
-from .._state import peak
 from . import _vector_space as vs
 
 Y = TypeVar("Y")

@@ -9,8 +9,8 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Scalar
 
+from .._entries import greatest
 from .._solution import Aux, Y
-from .._state import greatest
 from ..linear_solvers._small import is_placed
 from . import _vector_space as vs
 from ._verdict import check_tolerances, or_default

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._solution import Aux, RESULTS, Y
 from . import _history as hist, _vector_space as vs, _verdict as verdict
+from ._inverse_jacobian import Inverse, Pair, updated
 
 DECREASE = 1e-4  # of the residual, per step length, that the line search asks for
 MAX_SHORTER = 8  # rejected trial points before the memory is given up
@@ -20,9 +21,6 @@ MAX_BARREN = 3  # new memories in a row without a better point
 STALE = 20  # steps without a better point before rounding is suspected
 LOST = 40  # the same before the search goes back to the best point
 LEARNT = 10.0  # residual, in units of the anchor's, up to which a rejection teaches
-# An update that would multiply the determinant by less than `SOUND`, as its vectors are
-# orthogonal up to this cosine, is damped to do no worse.
-SOUND, RIGHT_ANGLE = 0.1, 1e-3
 
 
 class Kind(enum.IntEnum):
@@ -33,39 +31,12 @@ class Kind(enum.IntEnum):
     SEARCH = 2  # on the line along the quasi-Newton step
 
 
-class _Inverse(eqx.Module, Generic[Y]):
-    r"""The inverse Jacobian $H = h I + \sum_i u_i v_i^T$.
-
-    `u`, `v` are stacks with a leading axis of length `window` on every leaf, of which
-    the first `count` are used.
-    """
-
-    scale: Float[Array, ""]
-    u: Y
-    v: Y
-    count: Int[Array, ""]
-
-    def mv(self, x: Y) -> Y:
-        """Returns `H x`."""
-        return self._apply(self.u, self.v, x)
-
-    def transposed(self, x: Y) -> Y:
-        """Returns `H^T x`."""
-        return self._apply(self.v, self.u, x)
-
-    def _apply(self, left: Y, right: Y, x: Y) -> Y:
-        weights = hist.dots(right, x, self.scale.dtype)
-        used = jnp.arange(weights.size, dtype=self.count.dtype) < self.count
-        update = hist.combine(jnp.where(used, weights, 0), left)
-        return vs.add_scaled(update, self.scale, x)
-
-
 class _State(eqx.Module, Generic[Y]):
     """The last accepted point, the best one, and where the line search is."""
 
     anchor: verdict.Point[Y]
     best: verdict.Best[Y]
-    inverse: _Inverse[Y]
+    inverse: Inverse[Y]
     kind: Int[Array, ""]
     size: Float[Array, ""]
     num_accepted: Int[Array, ""]
@@ -171,7 +142,7 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         return _State(
             anchor=best.point,
             best=best,
-            inverse=_Inverse(one, stack, stack, none),
+            inverse=Inverse(one, stack, stack, none),
             kind=none,
             size=one,
             num_accepted=none,
@@ -274,49 +245,18 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
         state: _State[Y],
         point: verdict.Point[Y],
         finite: Bool[Array, ""],
-        update: Bool[Array, ""],
-    ) -> _Inverse[Y]:
+        learnt: Bool[Array, ""],
+    ) -> Inverse[Y]:
         """The inverse after the pair from the anchor to `point`."""
-        inverse, dtype = state.inverse, state.size.dtype
-        s = vs.minus(point.y, state.anchor.y)
-        z = vs.minus(point.residual, state.anchor.residual)
-        squares = vs.dot(z, z, dtype)
-        probe = (state.kind == int(Kind.PROBE)) & finite & (squares > 0)
-        squares = jnp.where(squares > 0, squares, 1)
-        scale = vs.dot(s, z, dtype) / squares
-        # Not zero where they are orthogonal.
-        least = SOUND * vs.length(s, dtype) / jnp.sqrt(squares)
-        least = jnp.where(scale < 0, -least, least)
-        scale = jnp.where(jnp.abs(scale) < jnp.abs(least), least, scale)
-        usable = jax.lax.stop_gradient(jnp.isfinite(scale) & (scale != 0))
-        fresh = probe & usable
-        full = update & (inverse.count >= self.window)
-        inverse = _Inverse(
-            jnp.where(fresh, jax.lax.stop_gradient(scale), inverse.scale),
-            inverse.u,
-            inverse.v,
-            jnp.where((state.kind == int(Kind.PROBE)) | full, 0, inverse.count),
+        pair = Pair(
+            step=vs.minus(point.y, state.anchor.y),
+            change=vs.minus(point.residual, state.anchor.residual),
+            image=vs.scaled(-state.size, state.anchor.residual),
+            probed=state.kind == int(Kind.PROBE),
+            finite=finite,
+            learnt=learnt,
         )
-
-        hz, good = inverse.mv(z), self.update == "good"
-        v = inverse.transposed(s) if good else z
-        pivot = vs.dot(v, z, dtype)
-        whole = vs.dot(s, s, dtype) if good else pivot
-        image = vs.scaled(-state.size, state.anchor.residual)  # the inverse of H, of s
-        left, right = (z, v) if good else (image, z)
-        part = _part(left, right, whole)
-        pivot = part * pivot + (1 - part) * whole
-        smallest = vs.resolution(s) * vs.length(v, dtype) * vs.length(z, dtype)
-        regular = jax.lax.stop_gradient(jnp.abs(pivot) > smallest)
-        u = vs.scaled(part / jnp.where(regular, pivot, 1), vs.minus(s, hz))
-        update = update & regular
-        slot = jnp.minimum(inverse.count, self.window - 1)
-        return _Inverse(
-            inverse.scale,
-            hist.put(inverse.u, slot, vs.select(update, u, hist.take(inverse.u, slot))),
-            hist.put(inverse.v, slot, vs.select(update, v, hist.take(inverse.v, slot))),
-            inverse.count + update.astype(inverse.count.dtype),
-        )
+        return updated(state.inverse, pair, self.update == "good", self.window)
 
     def _propose(self, state: _State[Y]) -> tuple[Y, _State[Y]]:
         """The next trial point, or the end."""
@@ -353,20 +293,6 @@ class Broyden(optx.AbstractRootFinder[Y, Y, Aux, _State[Y]]):
             state,
             (best, state.done | best.converged | stuck, result),
         )
-
-
-def _part(left: Any, right: Any, whole: Float[Array, ""]) -> Float[Array, ""]:
-    """The part of an update that is made: all, unless that turns `H` singular.
-
-    All of it multiplies a determinant by the inner product over `whole`.
-    """
-    dtype = whole.dtype
-    product = vs.dot(left, right, dtype)
-    lengths = vs.length(left, dtype) * vs.length(right, dtype)
-    ratio = product / jnp.where(whole > 0, whole, 1)
-    least = jnp.where(ratio < 0, -SOUND, SOUND).astype(dtype)
-    singular = (jnp.abs(product) < RIGHT_ANGLE * lengths) & (jnp.abs(ratio) < SOUND)
-    return jax.lax.stop_gradient(jnp.where(singular, (1 - least) / (1 - ratio), 1))
 
 
 def _shorter(
