@@ -12,7 +12,7 @@ import optimistix as optx
 import pytest
 
 import eqximplicit as eqi
-from eqximplicit._state import every, max_abs
+from eqximplicit._entries import every, max_abs
 
 N, LANES = 5000, 5000
 
