@@ -22,7 +22,6 @@ from ._lanes import any_lane, in_every_lane
 from ._monitor import Monitor, Watch
 from ._one_kernel import in_one_kernel
 from ._problem import iterated_fn, IteratedFn, Solver
-from ._reduce import in_loops
 from ._solution import as_results, is_successful, RESULTS
 from ._state import coarse_epsilon, filled, from_real, real_dtype, select, to_real
 from .solvers._default import fitted, with_tolerances
@@ -231,9 +230,8 @@ def _continued(run: Run, opened: Opened) -> Outcome:
     arrays, static = eqx.partition(finished, _is_arraylike)
 
     def go_on() -> Any:
-        with in_loops():
-            loop = lambda: _iterated(run, opened.y, lax_while_loop, opened)
-            outcome = in_one_kernel(loop)
+        loop = lambda: _iterated(run, opened.y, lax_while_loop, opened)
+        outcome = in_one_kernel(loop)
         return chosen(opened.solved, arrays, eqx.filter(outcome, _is_arraylike))
 
     # Under `vmap` the solver is started if any lane needs it.

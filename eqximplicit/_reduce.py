@@ -7,12 +7,10 @@ taken as well. On one device, up to 16 entries are taken one by one, and some th
 devices that would gather them, so the choice is the lowering's.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,20 +49,6 @@ _FLAGS = 3
 Axis = int | Sequence[int] | None
 
 _reduce_p = Primitive("reduce_few")
-_few = contextvars.ContextVar("_few", default=_FEW)
-
-
-@contextlib.contextmanager
-def in_loops() -> Generator[None]:
-    """What is traced here takes no entries one by one.
-
-    That is fast, and long: in a kernel that is hardly ever run, it is in the way.
-    """
-    token = _few.set(0)
-    try:
-        yield
-    finally:
-        _few.reset(token)
 
 
 def total(x: Inexact[Array, "..."], axis: Axis = None) -> Inexact[Array, "..."]:
@@ -119,7 +103,7 @@ def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
 def _reduced(x: Array, kind: str, axis: Axis) -> Array:
     axes, most = _axes(x, axis), sys.maxsize if kind == "or" else _MANY
     if axes and _is_known(x, axes, most):
-        return _reduce_p.bind(x, kind=kind, axes=axes, few=_few.get())
+        return _reduce_p.bind(x, kind=kind, axes=axes)
     return _on_devices(x, kind, axes) if axes else x
 
 
@@ -181,21 +165,19 @@ def _folded(x: Array, axis: int, columns: int) -> Array:
     return lax.reshape(x, (*x.shape[:axis], rows, columns, *x.shape[axis + 1 :]))
 
 
-def _lowered(ctx: Any, x: Any, *, kind: str, axes: tuple[int, ...], few: int) -> Any:
-    fn = functools.partial(_chosen(ctx, kind, axes, few), kind=kind, axes=axes)
+def _lowered(ctx: Any, x: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
+    fn = functools.partial(_chosen(ctx, kind, axes), kind=kind, axes=axes)
     return mlir.lower_fun(fn, multiple_results=False)(ctx, x)
 
 
-def _chosen(
-    ctx: Any, kind: str, axes: tuple[int, ...], few: int
-) -> Callable[..., Array]:
+def _chosen(ctx: Any, kind: str, axes: tuple[int, ...]) -> Callable[..., Array]:
     shape = ctx.avals_in[0].shape
     count = math.prod(shape[i] for i in axes)
     if not is_for_one_device(ctx):
         return _on_devices
     if max(axes) - min(axes) >= len(axes):
         return _directly
-    if count <= few and kind != "or":
+    if count <= _FEW and kind != "or":
         return _one_by_one
     on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
     whole: Any = math.prod(shape)  # may be symbolic
@@ -204,26 +186,18 @@ def _chosen(
     return _in_stages if staged else _directly
 
 
-def _impl(x: Array, *, kind: str, axes: tuple[int, ...], few: int) -> Array:
-    del few
-    return _directly(x, kind, axes)
-
-
-def _abstract(x: Any, *, kind: str, axes: tuple[int, ...], few: int) -> ShapedArray:
-    del kind, few
+def _abstract(x: Any, *, kind: str, axes: tuple[int, ...]) -> ShapedArray:
+    del kind
     kept = [n for i, n in enumerate(x.shape) if i not in axes]
     return ShapedArray(tuple(kept), x.dtype)
 
 
-def _jvp(
-    primals: Any, tangents: Any, *, kind: str, axes: tuple[int, ...], few: int
-) -> Any:
-    fn = functools.partial(_impl, kind=kind, axes=axes, few=few)
+def _jvp(primals: Any, tangents: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
+    fn = functools.partial(_directly, kind=kind, axes=axes)
     return jax.jvp(fn, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose(ct: Any, x: Any, *, kind: str, axes: tuple[int, ...], few: int) -> Any:
-    del few
+def _transpose(ct: Any, x: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
     assert kind == "sum"
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval)]
@@ -231,14 +205,13 @@ def _transpose(ct: Any, x: Any, *, kind: str, axes: tuple[int, ...], few: int) -
     return [lax.broadcast_in_dim(ct, x.aval.shape, kept)]
 
 
-def _batch(args: Any, dims: Any, *, kind: str, axes: tuple[int, ...], few: int) -> Any:
-    del few
+def _batch(args: Any, dims: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
     (x,), (lane,) = args, dims
     shifted = tuple(axis + (lane <= axis) for axis in axes)
     return _reduced(x, kind, shifted), lane - sum(axis < lane for axis in shifted)
 
 
-_reduce_p.def_impl(_impl)
+_reduce_p.def_impl(_directly)
 _reduce_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[_reduce_p] = _jvp
 ad.primitive_transposes[_reduce_p] = _transpose
