@@ -291,7 +291,12 @@ def plot(results: Results, path: Path) -> None:
         axis.set_xticks(range(len(keys)), keys, rotation=20)
         what = "value and gradient" if part == "gradient" else "first call"
         axis.set_ylabel(f"{what}\n(ratio to code by hand)")
-    axes[0].legend(ncols=len(LIBRARIES), fontsize="small")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(LIBRARIES),
+        fontsize="small",
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
