@@ -86,10 +86,15 @@ class Bend(eqx.Module):
     residual: Callable[[Any, PyTree[Array]], PyTree[Array]] = eqx.field(static=True)
 
     def is_found(
-        self, solved: Callable[[PyTree[Array]], PyTree[Array]], *, in_loop: bool
+        self,
+        solved: Callable[[PyTree[Array]], PyTree[Array]],
+        *,
+        symmetric: bool,
+        in_loop: bool,
     ) -> Bool[Array, ""]:
         """Whether there is one along Newton's step; `solved` takes `b` to `A⁻¹ b`."""
-        bent = lambda: bends(self._of_y, solved, self.y, self.value, in_loop=in_loop)
+        how = {"symmetric": symmetric, "in_loop": in_loop}
+        bent = lambda: bends(self._of_y, solved, self.y, self.value, **how)
         if isinstance(self.asked, bool):
             return bent()
         no = jnp.zeros_like(self.asked)

@@ -129,7 +129,7 @@ def _unless_multiple(
             x = solver.seldom(state, asked.vector, asked.options)
         return asked.as_asked(x)
 
-    bent = bend.is_found(solved, in_loop=not direct)
+    bent = bend.is_found(solved, symmetric=symmetric, in_loop=not direct)
     return trusted_if(rule, lax.bitwise_not(bent)), None
 
 

@@ -67,13 +67,14 @@ SOLVERS = {
 
 
 # Left to the slow session.
-LATER = [name for name in SOLVERS if name != "default"]
+LATER = [name for name in SOLVERS if name not in ("default", "FIRE, 1e-8")]
 
 
 @pytest.mark.parametrize(
     ("n", "name"),
     [
         (5, "default"),
+        (5, "FIRE, 1e-8"),
         pytest.param(20, "FIRE, 1e-8", marks=pytest.mark.slow),
         *(pytest.param(5, name, marks=pytest.mark.slow) for name in LATER),
     ],

@@ -27,6 +27,10 @@ _SLOW = 0.2
 _SHORTER = 0.4
 # By how much of itself a Jacobian may change along Newton's step, at most.
 _BENT = 0.25
+# Near a solution, where a step is so short beside the unknowns, a symmetric Jacobian is
+# known up to so many times the residual over them: a flat direction of a minimum has a
+# curvature of that order (see `_linear_rule.py`).
+_NEAR, _UNSURE = 0.01, 4.0
 # A step of so many roundings of the unknowns is about rounding, which may be slow, too.
 _ROUNDINGS = 2.0**12
 
@@ -59,6 +63,7 @@ def bends(
     y: PyTree[Array],
     value: PyTree[Array],
     *,
+    symmetric: bool,
     in_loop: bool,
 ) -> Bool[Array, ""]:
     r"""Whether the Jacobian `A` is another one where Newton's step from `y` leads.
@@ -67,12 +72,15 @@ def bends(
     $1 - ((m - 1) / m)^{m - 1}$ of itself, a half or more, at any distance; next to
     nothing from near a simple one. It is measured in units of the state, by
     $A^{-1} A(y + s) s$ beside $s$, which no scaling of the equations changes (P.
-    Deuflhard, *Newton Methods for Nonlinear Problems*, 2004, theorem 2.3).
+    Deuflhard, *Newton Methods for Nonlinear Problems*, 2004, theorem 2.3). But what is
+    that along a flat direction, of which $A^{-1}$ makes much, is nothing: there the
+    curvature $\langle s, A s\rangle$ tells.
 
     **Arguments:**
 
     - `residual`: a function of the state, with the residual `value` at `y`.
     - `solved`: `b` to `A⁻¹ b`.
+    - `symmetric`: whether `A` is, and may have flat directions.
     - `in_loop`: whether it is compiled once for both solves, where it is long.
     """
 
@@ -84,12 +92,40 @@ def bends(
     if in_loop:
         _, steps = lax.scan(lambda b, _: newton(b), value, length=2)
         step, again = (jtu.tree_map(lambda s, i=i: s[i], steps) for i in (0, 1))
-    else:
-        image, step = newton(value)
-        again = solved(image)
-    turned = minus(again, step)
+        return _is_turned(minus(again, step), step)
+    image, step = newton(value)
+    turned = minus(solved(image), step)
+    bent = _is_turned(turned, step)
+    if not symmetric:
+        return bent
+    flat = _is_flat(turned, minus(image, value), step, y, value)
+    return lax.select(flat, _is_lost(step, value, image), bent)
+
+
+def _is_turned(turned: PyTree[Array], step: PyTree[Array]) -> Bool[Array, ""]:
     # As a quotient, which XLA computes once; of a step of zero it is NaN, and no bend.
     return inner(turned, turned) / inner(step, step) > _BENT**2
+
+
+def _is_flat(
+    x: PyTree[Array],
+    image: PyTree[Array],
+    step: PyTree[Array],
+    y: PyTree[Array],
+    value: PyTree[Array],
+) -> Bool[Array, ""]:
+    """Whether `x` is no steeper than a flat direction is, near a solution."""
+    size = inner(y, y)
+    curvature = jnp.abs(inner(x, image)) / inner(x, x)
+    flat = curvature * jnp.sqrt(size) <= _UNSURE * jnp.sqrt(inner(value, value))
+    return flat & (inner(step, step) <= _NEAR**2 * size)
+
+
+def _is_lost(
+    x: PyTree[Array], before: PyTree[Array], after: PyTree[Array]
+) -> Bool[Array, ""]:
+    """Whether curvature is lost along `x`, of which these are the images."""
+    return inner(x, after) / inner(x, before) < 1 - _BENT
 
 
 def bends_along(
@@ -99,15 +135,15 @@ def bends_along(
     vector: PyTree[Array],
     x: PyTree[Array],
 ) -> Bool[Array, ""]:
-    r"""Whether a symmetric Jacobian `A`, of `A x = vector`, is another along `x`.
+    r"""Whether a symmetric Jacobian `A`, of `A x = vector`, loses itself along `x`.
 
     Near a multiple root, `x` is along the weak direction if the system asks for it at
     all. Newton's step has the part $\alpha x$ there, $\alpha = \langle x, F\rangle /
     \langle x, A x\rangle$, and $\langle x, A x\rangle$ is compared with what it is
-    where that leads: no system more is solved.
+    where that leads: no system more is solved. To come to be more than it was it may,
+    as along the tangent of a flat direction, which is no straight line: atoms that
+    start to turn move apart.
     """
-    before = inner(x, vector)
-    alpha = inner(x, value) / before
+    alpha = inner(x, value) / inner(x, vector)
     there = jtu.tree_map(lambda y, x: y - alpha * x, y, x)
-    after = inner(x, jax.jvp(residual, (there,), (x,))[1])
-    return jnp.abs(after - before) > _BENT * jnp.abs(before)
+    return _is_lost(x, vector, jax.jvp(residual, (there,), (x,))[1])
