@@ -140,6 +140,8 @@ def _may_be_multiple(solver: Any, outcome: Outcome) -> Bool[Array, ""] | bool:
     stats = outcome.stats
     if "simple" in stats or _is_left_alone(solver, outcome.y):
         return False
+    if "converged" in stats:  # of a budget, which is accepted wherever it ends
+        return False
     if "slow" in stats:
         return stats["slow"]
     return stats["amplification"] > _WEAK if "amplification" in stats else True
