@@ -641,3 +641,15 @@ def test_jacobian_numbers_refuse_empty_budgets():
         jacobian_frobenius_squared(lambda y, _: y, jnp.ones(2), key=key, num_samples=0)
     with pytest.raises(ValueError, match="`num_steps` must be at least 2; got 1"):
         spectral_radius(lambda y, _: y, jnp.ones(2), key=key, num_steps=1)
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_budget_is_accepted_where_the_map_bends(n):
+    # tanh(y) = y but at zero: a double root, from which three steps are far.
+    solver = FixedBudget(optx.FixedPointIteration(rtol=1e-3, atol=1e-3), num_steps=3)
+    condition = eqi.FixedPoint(lambda y, a: a * jnp.tanh(y))
+    layer = eqi.ImplicitFunction(condition, solver)
+    start, a = jnp.full(n, 0.5), jnp.ones(n)
+    y = np.asarray(layer(start, a))
+    slope = jax.jit(jax.grad(lambda a: jnp.sum(layer(start, a))))(a)
+    np.testing.assert_allclose(slope, np.tanh(y) / np.tanh(y) ** 2, rtol=1e-6)
