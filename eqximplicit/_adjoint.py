@@ -26,6 +26,7 @@ from .linear_solvers import AutoLinearSolver
 from .linear_solvers._residual import size
 from .linear_solvers.auto import DENSE_SIZE
 from .solvers import AbstractHostSolver, AutoRootFinder, Broyden, FIRE
+from .solvers._accepted import AbstractAccepted
 from .solvers._default import ROUNDINGS
 
 # A solver measures the distance from a solution in its own way: it is held to its
@@ -107,7 +108,7 @@ def _structure(tree: Any) -> Any:
 def _claim_of(
     solver: Any, condition: AbstractCondition[Any, Any], outcome: Outcome
 ) -> Claim | None:
-    """What `solver` claims by reporting success; `None` for a callable, which does not.
+    """What `solver` claims by reporting success; `None` for one that claims nothing.
 
     optimistix's own solvers are held to a distance, and so are those that judge by the
     residual or the gradient alone; all of these but the root finders also to having
@@ -132,15 +133,15 @@ def _claim_of(
 
 
 def _claims(solver: Any) -> bool:
-    return isinstance(solver, (optx.AbstractIterativeSolver, AbstractHostSolver))
+    """Whether success says something: not of a callable, nor of a mere budget."""
+    kinds = (optx.AbstractIterativeSolver, AbstractHostSolver)
+    return isinstance(solver, kinds) and not isinstance(solver, AbstractAccepted)
 
 
 def _may_be_multiple(solver: Any, outcome: Outcome) -> Bool[Array, ""] | bool:
     """Whether a solution may be a multiple root, by what the solver tells."""
     stats = outcome.stats
     if "simple" in stats or _is_left_alone(solver, outcome.y):
-        return False
-    if "converged" in stats:  # of a budget, which is accepted wherever it ends
         return False
     if "slow" in stats:
         return stats["slow"]

@@ -93,8 +93,9 @@ class Bend(eqx.Module):
         in_loop: bool,
     ) -> Bool[Array, ""]:
         """Whether there is one along Newton's step; `solved` takes `b` to `A⁻¹ b`."""
-        how = {"symmetric": symmetric, "in_loop": in_loop}
-        bent = lambda: bends(self._of_y, solved, self.y, self.value, **how)
+        bent = lambda: bends(
+            self._of_y, solved, self.y, self.value, symmetric=symmetric, in_loop=in_loop
+        )
         if isinstance(self.asked, bool):
             return bent()
         no = jnp.zeros_like(self.asked)

@@ -18,6 +18,7 @@ from ._custom_types import LinearSolver, PyTree
 from ._entries import nonzero_and_finite
 from ._solution import is_successful
 from ._state import real_dtype
+from .linear_solvers._dense import UNSURE
 from .linear_solvers._measured import (
     AbstractMeasuredSolver,
     as_given,
@@ -26,9 +27,6 @@ from .linear_solvers._measured import (
     Measured,
 )
 from .linear_solvers._residual import is_zero, norm
-
-# How many times the gradient over the state an operator may be off.
-_UNSURE = 4.0
 
 
 class LinearRule(eqx.Module):
@@ -149,5 +147,5 @@ def _at_a_point(
     if not ours or not lx.is_symmetric(operator):
         return rule.options
     size = norm(y)
-    error = _UNSURE * norm(value) / jnp.where(size > 0, size, jnp.inf)
+    error = UNSURE * norm(value) / jnp.where(size > 0, size, jnp.inf)
     return {"operator_error": error, **rule.options}

@@ -10,6 +10,7 @@ from standard_systems import STANDARD_SYSTEMS
 
 import eqximplicit as eqi
 from eqximplicit.linear_solvers.auto import narrow
+from eqximplicit.solvers._multiple import bends, bends_along
 
 NEWTON = optx.Newton(rtol=1e-10, atol=1e-10)
 
@@ -312,3 +313,46 @@ def test_standard_systems_are_simple_but_for_those_known_not_to_be(system):
     )
     assert solution.result == optx.RESULTS.successful
     assert solution.stats["simple"] == (system.name not in SINGULAR)
+
+
+def bent(fn, y, symmetric):
+    y = jnp.asarray(y)
+    solved = lambda b: jnp.linalg.solve(jax.jacfwd(fn)(y), b)
+    return bool(bends(fn, solved, y, fn(y), symmetric=symmetric, in_loop=False))
+
+
+def test_curvature_is_asked_where_a_direction_may_be_flat():
+    # A stiff direction off by 1e-8, and one that is weak because it bends: as weak as
+    # what the stiff one leaves of the residual would make a flat direction.
+    fn = lambda y: jnp.stack([100 * (y[0] - 1), 4 * y[1] ** 3])
+    assert bent(fn, [1 + 1e-8, 3e-4], symmetric=True)
+    # Beside a stiff one that is farther off it weighs nothing, so it may be flat.
+    assert not bent(fn, [1 + 1e-7, 3e-4], symmetric=True)
+    assert bent(fn, [1 + 1e-7, 3e-4], symmetric=False)
+
+
+def test_only_a_loss_of_curvature_is_a_bend_along_an_answer():
+    y, x = jnp.asarray([1.0]), jnp.asarray([2.0])
+    for fn, is_bend in ((jnp.tanh, False), (lambda y: y**3, True)):
+        vector = jax.jvp(fn, (y,), (x,))[1]  # so that it is the answer
+        assert bool(bends_along(fn, y, fn(y), vector, x)) == is_bend
+
+
+class Telling(eqi.Anderson):
+    """Says in a number of its own that it has converged, and no more."""
+
+    def postprocess(self, *args, **kwargs):
+        y, aux, stats = super().postprocess(*args, **kwargs)
+        kept = {"result": stats["result"], "converged": jnp.asarray(True)}
+        return y, aux, kept
+
+
+def test_statistics_of_any_name_excuse_no_solver():
+    condition = eqi.FixedPoint(lambda y, a: a * jnp.tanh(y))
+    solve = eqi.ImplicitFunction(condition, Telling(), throw=False)
+    start, a = jnp.full(3, 0.5), jnp.ones(3)
+    solution = solve.solve(start, a)
+    assert solution.stats["converged"]
+    assert bool(solution.result == eqi.RESULTS.successful)
+    slope = jax.grad(lambda a: jnp.sum(solve(start, a)))(a)
+    assert jnp.isnan(slope).all()

@@ -308,3 +308,14 @@ def test_the_environment_may_forbid_it(name, value, monkeypatch):
     assert fresh() == KNOWN
     monkeypatch.setenv(name, value)
     assert not fresh()
+
+
+@pytest.mark.parametrize("n", [2, 10, 100])
+def test_opening_and_what_goes_on_from_there_are_a_kernel_each(n):
+    # The second is what a first call by default waits for: see `docs/design.md`.
+    matrix = 0.5 * draw((n, n)) / n**0.5
+    fn = lambda y, a: jnp.tanh(matrix @ y + a)
+    layer = eqi.ImplicitFunction(eqi.FixedPoint(fn), throw=False)
+    solve = jax.jit(lambda a: layer(jnp.zeros(n), a))
+    program = solve.lower(jnp.ones(n)).compile().as_text()
+    assert len(marked_calls(program)) == 2 * KNOWN

@@ -52,6 +52,11 @@ def consistency_limit(eps: float) -> float:
     return eps**0.5
 
 
+# How many times the residual over the state a symmetric operator may be off where a
+# solution is nearly reached: the curvature of a flat direction is of that order.
+UNSURE = 4.0
+
+
 def uncertainty(
     error: Array, x: PyTree[Array], b: PyTree[Array], eps: float
 ) -> Float[Array, ""]:

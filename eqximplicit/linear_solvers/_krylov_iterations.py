@@ -95,7 +95,12 @@ def conjugate_gradient(system: System, warm: Vector | None) -> Found:
     z = system.precondition(first.r)
     stop = ~jnp.isfinite(first.rr) | system.solved(first.rr)
     begun = _CGCourse(
-        first.rr, first.rr, first.steps, jnp.asarray(0), stop, dot(first.r, z)
+        rr=first.rr,
+        checked=first.rr,
+        steps=first.steps,
+        check=jnp.asarray(0),
+        stop=stop,
+        rz=dot(first.r, z),
     )
     init = _CG(first.x, first.r, z, packed(begun, dtype))
     return _loop(step, init, _CGCourse, exact)
@@ -209,7 +214,14 @@ def conjugate_residual(
 
     basis = jtu.tree_map(lambda v: jnp.zeros((restart, *v.shape), v.dtype), system.b)
     never, yes, no = (jnp.asarray(value) for value in (jnp.inf, 1, 0))
-    stop = ~jnp.isfinite(system.bb)
-    begun = _GCRCourse(never, never, steps, yes, stop, no, yes)
+    begun = _GCRCourse(
+        rr=never,
+        checked=never,
+        steps=steps,
+        check=yes,
+        stop=~jnp.isfinite(system.bb),
+        count=no,
+        by_residual=yes,
+    )
     init = _GCR(x, system.b, system.b, basis, basis, packed(begun, dtype))
     return _loop(step, init, _GCRCourse, exact)

@@ -10,6 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Int, Scalar
 
 from .._custom_types import PyTree, ShapeDtypeStruct
+from ..solvers._accepted import AbstractAccepted
 
 Y = TypeVar("Y")
 Aux = TypeVar("Aux")
@@ -30,7 +31,9 @@ class _Displacement(eqx.Module):
         return jtu.tree_map(lambda a, b: a - b, y, out), aux
 
 
-class FixedBudget(optx.AbstractFixedPointSolver[Y, Aux, _State], Generic[Y, Aux]):
+class FixedBudget(
+    AbstractAccepted, optx.AbstractFixedPointSolver[Y, Aux, _State], Generic[Y, Aux]
+):
     r"""At most `num_steps` steps of another solver, whose last state is accepted.
 
     A budget that runs out is a success here, on purpose: the solution may be far from

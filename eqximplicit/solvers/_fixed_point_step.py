@@ -116,7 +116,7 @@ def learnt(
     # What the model missed in the directions of the pairs that it used.
     missed = jnp.where(history.filled, cross / history.lengths, 0)
     missed = missed + before.step_size * state.explained
-    missed = hist.times(state.half, missed)
+    missed = hist.dots(state.half, missed, missed.dtype)
     missed = jnp.sqrt(total(missed**2))
 
     numbers = dataclasses.replace(seen.numbers, missed=missed)

@@ -230,9 +230,8 @@ def half_inverse(
 ) -> Float[Array, "grams slots slots"]:
     r"""Returns the inverses of the Cholesky factors of positive definite matrices.
 
-    By elimination beside the identity, in a loop of a few operations. LAPACK takes less
-    time for that; but its calls, and the copies that they ask for, take much longer to
-    compile, and none can be in a kernel (`_one_kernel.py`).
+    By elimination beside the identity, in a loop of a few operations: no call of LAPACK
+    can be in a kernel (`_one_kernel.py`).
     """
     size = grams.shape[-1]
     numbers = jax.lax.iota(jnp.int32, size)
@@ -245,18 +244,11 @@ def half_inverse(
         )
         pivot = jnp.sqrt(jax.lax.dynamic_index_in_dim(row, k, -1))
         row, column = (row / pivot)[:, None, :], (column / pivot)[:, :, None]
-        here, below = ((f(numbers, k))[:, None] for f in (jnp.equal, jnp.greater))
+        here, below = (f(numbers, k)[:, None] for f in (jnp.equal, jnp.greater))
         return jnp.where(here, row, both - jnp.where(below, column, 0) * row)
 
     both = jnp.concatenate([grams, eye], -1)
     return jax.lax.fori_loop(0, size, eliminated, both)[..., size:]
-
-
-def times(
-    matrix: Float[Array, "slots slots"], b: Float[Array, " slots"]
-) -> Float[Array, " slots"]:
-    """Returns the product of a small matrix with a vector."""
-    return total(matrix * b[None], 1)
 
 
 def fit(
@@ -293,7 +285,7 @@ def fit(
     half, free = vs.apart(jax.lax.stop_gradient(half_inverse(grams)))
 
     def solve(b: Float[Array, " slots"]) -> Float[Array, " slots"]:
-        return times(half.T, times(half, b))
+        return combine(dots(half, b, dtype), half)
 
     def slope(rest: Y) -> Float[Array, " slots"]:
         return jnp.where(filled, dots(history.dr, rest, dtype) / lengths, 0)

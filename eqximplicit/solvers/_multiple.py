@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool
 
 from .._custom_types import PyTree
 from .._entries import max_abs
+from ..linear_solvers._dense import UNSURE
 from ..linear_solvers._residual import inner, minus
 
 # Of the residual, a step leaves at least a quarter at a multiple root.
@@ -27,10 +28,8 @@ _SLOW = 0.2
 _SHORTER = 0.4
 # By how much of itself a Jacobian may change along Newton's step, at most.
 _BENT = 0.25
-# Near a solution, where a step is so short beside the unknowns, a symmetric Jacobian is
-# known up to so many times the residual over them: a flat direction of a minimum has a
-# curvature of that order (see `_linear_rule.py`).
-_NEAR, _UNSURE = 0.01, 4.0
+# A step so short beside the unknowns is one near a solution.
+_NEAR = 0.01
 # A step of so many roundings of the unknowns is about rounding, which may be slow, too.
 _ROUNDINGS = 2.0**12
 
@@ -117,7 +116,7 @@ def _is_flat(
     """Whether `x` is no steeper than a flat direction is, near a solution."""
     size = inner(y, y)
     curvature = jnp.abs(inner(x, image)) / inner(x, x)
-    flat = curvature * jnp.sqrt(size) <= _UNSURE * jnp.sqrt(inner(value, value))
+    flat = curvature * jnp.sqrt(size) <= UNSURE * jnp.sqrt(inner(value, value))
     return flat & (inner(step, step) <= _NEAR**2 * size)
 
 
