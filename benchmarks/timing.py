@@ -4,11 +4,13 @@
   before JAX. Then CPU time is wall time less what other processes take, so CPU time is
   what is measured: a busy machine changes it little.
 - Run time: everyone in turns, in an order drawn for each round.
-- First call: trace, lowering and compilation, with JAX's caches cleared before each.
+- First call: trace, lowering and compilation, with JAX's caches cleared before each,
+  and nobody's garbage left for the next to collect.
 - Temporary memory: what the compiled program says it allocates beside its arguments
   and results.
 """
 
+import gc
 import math
 import random
 import statistics
@@ -39,6 +41,7 @@ class FirstCall(NamedTuple):
 def first_call(fn: Callable[..., Any], *args: Any) -> FirstCall:
     """Stages and compiles `fn` from nothing."""
     jax.clear_caches()
+    gc.collect()
     times = [clock()]
     traced = jax.jit(fn).trace(*args)
     times.append(clock())

@@ -206,7 +206,7 @@ def _in_closed_form(run: Run, y: PyTree[Array]) -> Outcome:
     found = small_newton(run.solver, run.fn, y, run.args, aux, run.max_steps)
     value = from_real(found.y, run.fn.like)
     simple = _judged_simple({"simple": found.simple}, run.fn.like)
-    trusted = jnp.asarray(is_successful(found.result)) & simple["simple"]
+    trusted = found.solved & simple["simple"]
     stats = {"num_steps": found.num_steps, **simple}
     aux = run.fn.whole_aux(found.aux[1])
     return Outcome(value, aux, found.result, trusted, stats)

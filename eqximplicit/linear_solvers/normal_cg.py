@@ -1,5 +1,6 @@
 """Conjugate gradients on the normal equations, stopped early on purpose."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -8,19 +9,26 @@ import lineax as lx
 from jaxtyping import Array
 
 from .._custom_types import PyTree
-from .._entries import max_abs
+from .._entries import greatest, max_abs
 from .._ranges import refuse_below, refuse_negative
+from ._iterations import Found, System
+from ._krylov_iterations import conjugate_gradient
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
     add,
     dot,
+    epsilon,
     is_zero,
     minus,
     norm,
     require_like,
     require_real,
+    size,
     transposed_options,
 )
+
+# As SciPy and lineax: in exact arithmetic one would do.
+_STEPS_PER_UNKNOWN = 10
 
 
 class NormalCGState(eqx.Module):
@@ -36,8 +44,8 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
     are used up the answer is inexact by design, so the result is successful if it is
     finite, and `stats["residual_norm"]` says how far it is off. Without `max_steps` it
     runs to the tolerance, and a residual above it is a failure. The transposed system
-    is solved by its own normal equations, $A A^\top x = A b$. The iteration is lineax's
-    `CG` under `Normal`.
+    is solved by its own normal equations, $A A^\top x = A b$. Unlike in
+    lineax's `Normal(CG(...))`, a start of zero takes no product.
 
     Products: two per step. The condition number is squared; for a symmetric positive
     operator use `lineax.CG`, and `AutoLinearSolver` otherwise.
@@ -45,8 +53,9 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
     **Arguments:**
 
     - `max_steps`: the number of steps; `None` to run to the tolerance.
-    - `rtol`, `atol`: stop earlier at `‖Aᵀ (b - A x)‖ <= rtol ‖Aᵀ b‖ + atol`, as lineax
-        measures it (largest entry, relative entry by entry). Both zero: no test.
+    - `rtol`, `atol`: stop earlier at `‖Aᵀ (b - A x)‖₂ <= rtol ‖Aᵀ b‖₂ + atol`; at the
+        latest at the resolution of the dtype. Of an operator with fewer equations than
+        unknowns, `‖b - A x‖₂ <= rtol ‖b‖₂ + atol`.
     - `accept`: without `max_steps`, the relative residual `‖b - A x‖₂ / ‖b‖₂` above
         which the solve has failed.
 
@@ -90,7 +99,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         require_like(options.get("preconditioner"), vector, "preconditioner")
         unknown = state.operator.in_structure()
         require_like(options.get("y0"), unknown, "y0", "unknown")
-        x, steps = self._iterated(state.operator, vector, options)
+        x, _, steps = self._iterated(state.operator, vector, options)
         r = minus(vector, state.operator.mv(x))
         if self.max_steps is not None:
             # A NaN in the operator ends the iteration at once, at a finite start. From
@@ -109,19 +118,37 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         operator: lx.AbstractLinearOperator,
         vector: PyTree[Array],
         options: dict[str, Any],
-    ) -> tuple[PyTree[Array], Any]:
-        """The last iterate, and the number of steps."""
-        inner = lx.Normal(
-            lx.CG(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+    ) -> Found:
+        """The last iterate; of a wide operator, iterated in the space of `b`."""
+        mv, back, y0 = operator.mv, operator.transpose().mv, options.get("y0")
+        preconditioner = options.get("preconditioner")
+        if operator.out_size() >= operator.in_size():
+            squared = _squared(preconditioner)
+            return self._solve(lambda v: back(mv(v)), back(vector), squared, y0)
+        squared = _squared(preconditioner and preconditioner.transpose())
+        left = vector if y0 is None else minus(vector, mv(y0))
+        found = self._solve(lambda v: mv(back(v)), left, squared, None)
+        x = back(found.x)
+        return found._replace(x=x if y0 is None else add(y0, x))
+
+    def _solve(
+        self,
+        mv: Callable[[PyTree[Array]], PyTree[Array]],
+        b: PyTree[Array],
+        precondition: Callable[[PyTree[Array]], PyTree[Array]],
+        y0: PyTree[Array] | None,
+    ) -> Found:
+        most = _STEPS_PER_UNKNOWN * size(b)
+        system = System(
+            mv=mv,
+            precondition=precondition,
+            b=b,
+            bb=dot(b, b),
+            rtol=greatest(self.rtol, epsilon(b)),
+            atol=self.atol,
+            max_steps=most if self.max_steps is None else self.max_steps,
         )
-        own = {k: v for k, v in options.items() if k in ("preconditioner", "y0")}
-        first = None
-        if operator.out_size() < operator.in_size() and "y0" in own:
-            # lineax iterates in the space of `b` then: what is left is solved for.
-            first = own.pop("y0")
-            vector = minus(vector, operator.mv(first))
-        x, _, stats = inner.compute(inner.init(operator, own), vector, own)
-        return x if first is None else add(first, x), stats["num_steps"]
+        return conjugate_gradient(system, y0)
 
     def transpose(
         self, state: NormalCGState, options: dict[str, Any]
@@ -139,3 +166,13 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
     def assume_full_rank(self) -> bool:
         """Whether a singular operator is a failure: yes."""
         return True
+
+
+def _squared(
+    preconditioner: lx.AbstractLinearOperator | None,
+) -> Callable[[PyTree[Array]], PyTree[Array]]:
+    """`M Mᵀ`, which is an approximate inverse of `Aᵀ A` if `M` is one of `A`."""
+    if preconditioner is None:
+        return lambda r: r
+    transposed = preconditioner.transpose()
+    return lambda r: preconditioner.mv(transposed.mv(r))

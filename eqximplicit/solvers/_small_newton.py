@@ -203,6 +203,7 @@ class Newtons(NamedTuple):
     y: PyTree[Array]
     aux: Any
     result: RESULTS
+    solved: Bool[Array, ""]  # whether `result` is successful
     num_steps: Int[Array, ""]
     simple: Bool[Array, ""]
 
@@ -240,10 +241,10 @@ def small_newton(
         return new, seen.aux, lax.select(going, now, before)
 
     c = _loop(step, 0.0, _begin(fn, y, args, aux, jnp.inf), max_steps)
-    result, hardly = _ended(c.left, codes)
+    result, solved, hardly = _ended(c.left, codes)
     simple = ~(hardly & is_seen(-c.left, closed.largest(c.y)))
     found = small.from_entries(c.y, problem.struct)
-    return Newtons(found, c.aux, result, c.steps, simple)
+    return Newtons(found, c.aux, result, solved, c.steps, simple)
 
 
 def _codes(dtype: Any) -> tuple[float, float, float]:
@@ -258,14 +259,16 @@ def _codes(dtype: Any) -> tuple[float, float, float]:
 
 def _ended(
     left: Array, codes: tuple[float, float, float]
-) -> tuple[RESULTS, Bool[Array, ""]]:
-    """How an iteration has ended, and whether by a step that is hardly shorter."""
+) -> tuple[RESULTS, Bool[Array, ""], Bool[Array, ""]]:
+    """How an iteration has ended, if well, and if by a step that is hardly shorter."""
     good, singular, nonfinite = (left == code for code in codes)
     hardly = (left < 0) & ~(good | singular | nonfinite)
-    more = RESULTS.nonlinear_max_steps_reached
-    result = where_result(good | hardly, RESULTS.successful, more)
+    solved = good | hardly
+    result = where_result(
+        solved, RESULTS.successful, RESULTS.nonlinear_max_steps_reached
+    )
     result = where_result(singular, RESULTS.singular, result)
-    return where_result(nonfinite, RESULTS.nonfinite, result), hardly
+    return where_result(nonfinite, RESULTS.nonfinite, result), solved, hardly
 
 
 def _within(solver: Any, x: list[Array], y: list[Array]) -> Bool[Array, ""]:
