@@ -1,7 +1,6 @@
 """How large the entries of a state are, and whether they are finite."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,13 +9,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._custom_types import PyTree
-from ._reduce import anywhere, is_few, largest
+from ._reduce import code, is_few, is_set, largest
+from ._reduce_leaves import reduced_together
 from ._state import real_dtype
 
 
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Whether every entry of every leaf is finite."""
-    return _nowhere([~jnp.isfinite(x) for x in jtu.tree_leaves(tree)])
+    endless = [code(~jnp.isfinite(x)) for x in jtu.tree_leaves(tree)]
+    return ~is_set(reduced_together(endless, "or"))
 
 
 def every(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
@@ -33,54 +34,51 @@ def _unset(flags: Bool[Array, "..."]) -> Float[Array, "..."]:
     return lax.select(flags, zero, one)
 
 
-def _nowhere(leaves: list[Bool[Array, "..."]]) -> Bool[Array, ""]:
-    """Whether no flag of any leaf is set, by a reduction that has its own kernel."""
-    found = [anywhere(flags)[0] for flags in leaves]
-    return ~functools.reduce(lax.bitwise_or, found)
-
-
 def nonzero_and_finite(
     a: PyTree[Array], b: PyTree[Array]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether some entry of `a` is not zero, and every entry of `b` is finite."""
-    zero = _nowhere([x != 0 for x in jtu.tree_leaves(a)])
-    return ~zero, all_finite(b)
+    """Whether some entry of `a` is not zero, and every entry of `b` is finite.
+
+    In one reduction where the leaves of both have the same shapes.
+    """
+    nonzero = [code(x != 0, 0) for x in jtu.tree_leaves(a)]
+    endless = [code(~jnp.isfinite(x), 1) for x in jtu.tree_leaves(b)]
+    if [x.shape for x in nonzero] == [x.shape for x in endless]:
+        nonzero = endless = list(map(lax.bitwise_or, nonzero, endless))
+    found, other = (reduced_together(codes, "or") for codes in (nonzero, endless))
+    return is_set(found, 0), ~is_set(other, 1)
 
 
 def peak(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
     """The largest absolute entry: NaN if one is not finite, zero if there is none."""
-    top = _top(x, axis)
+    return _nan_unless_finite(largest(_size(x), axis))
+
+
+def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:
+    """The largest absolute entry of all leaves; NaN if any is not finite."""
+    return _nan_unless_finite(max_norm(tree))
+
+
+def max_norm(tree: PyTree[Array]) -> Float[Array, ""]:
+    """The largest absolute entry of all leaves; NaN or infinite for a NaN."""
+    dtype = real_dtype(tree)
+    sizes = [_size(x).astype(dtype) for x in jtu.tree_leaves(tree)]
+    return reduced_together(sizes, "max")
+
+
+def _nan_unless_finite(top: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.select(lax.is_finite(top), top, lax.full_like(top, jnp.nan))
 
 
-def _top(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
-    """The largest absolute entry; NaN or infinite for a NaN, and zero if there is none.
+def _size(x: Array) -> Float[Array, "..."]:
+    """The absolute entries, of which a maximum is NaN or infinite for a NaN.
 
     For the CPU, XLA's maximum of more than 4096 entries passes over a NaN (JAX 0.10).
     """
     size = lax.abs(x)
     if is_few(x):
-        return largest(size, axis)
-    size = lax.select(lax.ne(size, size), lax.full_like(size, jnp.inf), size)
-    return largest(size, axis)
-
-
-def max_abs(tree: PyTree[Array]) -> Float[Array, ""]:
-    """The largest absolute entry of all leaves; NaN if any is not finite."""
-    return _greatest_of(peak, tree)
-
-
-def max_norm(tree: PyTree[Array]) -> Float[Array, ""]:
-    """The largest absolute entry of all leaves; NaN or infinite for a NaN."""
-    return _greatest_of(_top, tree)
-
-
-def _greatest_of(
-    of_leaf: Callable[[Array], Array], tree: PyTree[Array]
-) -> Float[Array, ""]:
-    dtype = real_dtype(tree)
-    found = [of_leaf(x).astype(dtype) for x in jtu.tree_leaves(tree)]
-    return functools.reduce(jnp.maximum, found)
+        return size
+    return lax.select(lax.ne(size, size), lax.full_like(size, jnp.inf), size)
 
 
 def greatest(*values: Any) -> Any:

@@ -19,14 +19,14 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Bool, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from ._placement import is_for_one_device
 
 # Entries that are taken one by one; that XLA reduces in one kernel; and from how many
 # on it calls a library for them, be they of one reduction or of many lanes.
-_FEW, _KERNEL, _MANY = 16, 32, 4096
-_OPS: dict[str, Callable[[Array, Array], Array]] = {
+FEW, _KERNEL, _MANY = 16, 32, 4096
+OPERATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "sum": lax.add,
     "max": lax.max,
     "or": lax.bitwise_or,
@@ -53,39 +53,46 @@ _reduce_p = Primitive("reduce_few")
 
 def total(x: Inexact[Array, "..."], axis: Axis = None) -> Inexact[Array, "..."]:
     """The sum over some axes, or all of them."""
-    return _reduced(x, "sum", axis)
+    return reduced(x, "sum", axis)
 
 
 def largest(x: Float[Array, "..."], axis: Axis = None) -> Float[Array, "..."]:
     """The maximum of numbers that are not negative; zero if there is none."""
-    return _reduced(x, "max", axis)
+    return reduced(x, "max", axis)
 
 
 def anywhere(*flags: Bool[Array, "..."]) -> list[Bool[Array, ""]]:
     """Which of some flags of one shape are set in any entry: one reduction for all."""
     assert len(flags) <= _FLAGS
-    bits = [lax.full_like(flags[0], 1 << k, jnp.int32) for k in range(len(flags))]
-    codes = [
-        lax.select(flag, bit, lax.full_like(bit, 0))
-        for flag, bit in zip(flags, bits, strict=True)
-    ]
-    found = _reduced(functools.reduce(lax.bitwise_or, codes), "or", None)
-    bits = [lax.full_like(found, 1 << k) for k in range(len(flags))]
-    return [lax.eq(lax.bitwise_and(found, bit), bit) for bit in bits]
+    codes = [code(flag, k) for k, flag in enumerate(flags)]
+    found = reduced(functools.reduce(lax.bitwise_or, codes), "or", None)
+    return [is_set(found, k) for k in range(len(flags))]
+
+
+def code(flag: Bool[Array, "..."], k: int = 0) -> Int[Array, "..."]:
+    """A number for each flag: its `k`-th bit."""
+    bit = lax.full_like(flag, 1 << k, jnp.int32)
+    return lax.select(flag, bit, lax.full_like(bit, 0))
+
+
+def is_set(found: Int[Array, ""], k: int = 0) -> Bool[Array, ""]:
+    """The flag of a `code`; in a reduction of codes there may be other bits."""
+    bit = lax.full_like(found, 1 << k)
+    return lax.eq(lax.bitwise_and(found, bit), bit)
 
 
 def is_few(x: Array) -> bool:
     """Whether a reduction of `x` takes its entries one by one."""
-    return _is_known(x, _axes(x, None), _FEW)
+    return is_known(x, _axes(x, None), FEW)
 
 
 def is_staged(x: Array) -> bool:
     """Whether a reduction of `x` has stages, unless there are many lanes of it."""
     axes = _axes(x, None)
-    return _is_known(x, axes, _MANY) and not _is_known(x, axes, _KERNEL)
+    return is_known(x, axes, _MANY) and not is_known(x, axes, _KERNEL)
 
 
-def _is_known(x: Array, axes: tuple[int, ...], most: int) -> bool:
+def is_known(x: Array, axes: tuple[int, ...], most: int) -> bool:
     """Whether so few, of full precision, and of a type that says nothing of devices."""
     count: Any = math.prod(x.shape[i] for i in axes)  # may be symbolic
     # Of lower precision, JAX adds up in float32.
@@ -100,9 +107,9 @@ def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
     return tuple(i % x.ndim for i in ((wanted,) if isinstance(wanted, int) else wanted))
 
 
-def _reduced(x: Array, kind: str, axis: Axis) -> Array:
+def reduced(x: Array, kind: str, axis: Axis) -> Array:
     axes, most = _axes(x, axis), sys.maxsize if kind == "or" else _MANY
-    if axes and _is_known(x, axes, most):
+    if axes and is_known(x, axes, most):
         return _reduce_p.bind(x, kind=kind, axes=axes)
     return _on_devices(x, kind, axes) if axes else x
 
@@ -124,7 +131,7 @@ def _directly(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
 def _one_by_one(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
     x, axis = _joined(x, axes)
     rows = [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
-    return functools.reduce(_OPS[kind], rows)
+    return functools.reduce(OPERATIONS[kind], rows)
 
 
 def _in_stages(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
@@ -145,7 +152,7 @@ def _plainly(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
 def _apart(x: Array, kind: str, axes: tuple[int, ...]) -> Array:
     """The same as a reduction that XLA does not join with the one before."""
     start = lax.full_like(x, _STARTS[kind], shape=())
-    return lax.reduce(x, start, lambda a, b: _OPS[kind](a, b), axes)
+    return lax.reduce(x, start, lambda a, b: OPERATIONS[kind](a, b), axes)
 
 
 def _joined(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
@@ -177,7 +184,7 @@ def _chosen(ctx: Any, kind: str, axes: tuple[int, ...]) -> Callable[..., Array]:
         return _on_devices
     if max(axes) - min(axes) >= len(axes):
         return _directly
-    if count <= _FEW and kind != "or":
+    if count <= FEW and kind != "or":
         return _one_by_one
     on_cpu = tuple(ctx.module_context.platforms) == ("cpu",)
     whole: Any = math.prod(shape)  # may be symbolic
@@ -208,7 +215,7 @@ def _transpose(ct: Any, x: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
 def _batch(args: Any, dims: Any, *, kind: str, axes: tuple[int, ...]) -> Any:
     (x,), (lane,) = args, dims
     shifted = tuple(axis + (lane <= axis) for axis in axes)
-    return _reduced(x, kind, shifted), lane - sum(axis < lane for axis in shifted)
+    return reduced(x, kind, shifted), lane - sum(axis < lane for axis in shifted)
 
 
 _reduce_p.def_impl(_directly)

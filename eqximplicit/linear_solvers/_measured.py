@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import AbstractLinearSolver, LinearSolver, PyTree
-from .._entries import max_abs
+from .._entries import all_finite, max_abs, nonzero_and_finite
 from ._closed_form import inverse_power
-from ._residual import dot, is_zero, scale, where, within, zeros_like
+from ._residual import is_zero, scale, where, within, zeros_like
 
 _State = TypeVar("_State")
 Stats = dict[str, Any]
@@ -153,7 +153,7 @@ def measured(
     nonzero, finite = _of_square(bb)
     residual_norm = lax.sqrt(lax.select(nonzero, rr, lax.full_like(rr, 0)))
     stats = {"residual_norm": residual_norm, **stats}
-    good = within(rr, bb, rtol, atol)
+    good = lax.bitwise_and(within(rr, bb, rtol, atol), finite)
     asked = nonzero if asked is None else asked
     return judged(x, asked, finite, good, regular, failure=failure, **stats)
 
@@ -172,8 +172,8 @@ def approximate(
     into which not every product has gone tells nothing of the operator: then `regular`
     says whether that is finite.
     """
-    asked, finite = _of_square(dot(vector, vector))
-    good = jnp.isfinite(max_abs(x))
+    asked, good = nonzero_and_finite(vector, x)
+    finite = all_finite(vector)  # for what is said of a failure
     return judged(x, asked, finite, good, regular, residual_norm=residual_norm, **stats)
 
 
@@ -192,7 +192,8 @@ def judged(
     failure: lx.RESULTS = lx.RESULTS.singular,
     **stats: Any,
 ) -> Measured:
-    good = lax.bitwise_and(lax.bitwise_or(good, lax.bitwise_not(asked)), finite)
+    """The answer where somebody has asked: of a zero right-hand side it is zero."""
+    good = lax.bitwise_or(good, lax.bitwise_not(asked))
     result = failure
     if regular is not None:
         good = lax.bitwise_and(good, regular)

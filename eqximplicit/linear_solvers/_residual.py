@@ -7,6 +7,7 @@ will do: each operator of `jnp` is a `jit`, and is traced as one.
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree, ShapeDtypeStruct
 from .._reduce import is_few, is_staged, total
+from .._reduce_leaves import is_joined, reduced_together
 from .._state import num_entries
 
 T = TypeVar("T")
@@ -41,8 +43,7 @@ def warn_if_unreachable(name: str, rtol: Any, atol: Any, eps: float) -> None:
 
 def dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
     """The Euclidean inner product of two vectors of one structure."""
-    terms = map(_leaf_dot, jtu.tree_leaves(x), jtu.tree_leaves(y))
-    return functools.reduce(lax.add, terms)
+    return _summed(x, y, _leaf_dot)
 
 
 def _leaf_dot(a: Array, b: Array) -> Float[Array, ""]:
@@ -59,8 +60,16 @@ def inner(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
     def leaf(a: Array, b: Array) -> Float[Array, ""]:
         return total(lax.mul(a, b)) if is_few(a) else _leaf_dot(a, b)
 
-    terms = map(leaf, jtu.tree_leaves(x), jtu.tree_leaves(y))
-    return functools.reduce(lax.add, terms)
+    return _summed(x, y, leaf)
+
+
+def _summed(
+    x: PyTree[Array], y: PyTree[Array], of_leaf: Callable[[Array, Array], Array]
+) -> Float[Array, ""]:
+    a, b = jtu.tree_leaves(x), jtu.tree_leaves(y)
+    if is_joined(a):
+        return reduced_together(list(map(lax.mul, a, b)), "sum")
+    return functools.reduce(lax.add, map(of_leaf, a, b))
 
 
 def square(x: PyTree[Array]) -> Float[Array, ""]:

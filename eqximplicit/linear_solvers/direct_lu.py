@@ -146,8 +146,9 @@ class DirectLU(AbstractDirectSolver[LUState | SmallState]):
         wrong, asked, endless = anywhere(
             lax.bitwise_not(sound), asked, lax.bitwise_not(finite)
         )
-        good, finite = lax.bitwise_and(~wrong, heard), ~endless
-        return judged(unravel(x), asked, finite, good, good, residual_norm=left)
+        regular, finite = lax.bitwise_and(~wrong, heard), ~endless
+        good = lax.bitwise_and(regular, finite)
+        return judged(unravel(x), asked, finite, good, regular, residual_norm=left)
 
     def transpose(
         self, state: LUState | SmallState, options: dict[str, Any]
