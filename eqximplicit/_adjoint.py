@@ -117,7 +117,8 @@ def _claim_of(
     """
     if not _claims(solver):
         return None
-    theirs = type(solver).__module__.partition(".")[0] == "optimistix"
+    maker = type(solver).__module__.partition(".")[0]
+    theirs, ours = maker == "optimistix", maker == __name__.partition(".")[0]
     stepping = theirs or isinstance(solver, FIRE)
     coarse = coarse_epsilon(outcome.y)
     distance, least = None, max(_TWO_DIGITS, ROUNDINGS * (coarse or 0))
@@ -129,7 +130,8 @@ def _claim_of(
     extremal = isinstance(condition, (Minimum, LeastSquares))
     minimum = extremal and (stepping or isinstance(solver, AbstractHostSolver))
     multiple = coarse is None and _may_be_multiple(solver, outcome)
-    return Claim(distance, minimum, multiple)
+    measured = distance is None and (ours or isinstance(solver, _MEASURED))
+    return Claim(distance, measured, minimum, multiple)
 
 
 def _claims(solver: Any) -> bool:

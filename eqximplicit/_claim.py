@@ -32,12 +32,14 @@ class Claim(eqx.Module):
     **Attributes:**
 
     - `distance`: how far from a solution the value may be, relative to
-        $\sqrt{1 + \|y\|^2}$; `None` if the solver has measured that.
+        $\sqrt{1 + \|y\|^2}$; `None` for any.
+    - `measured`: whether the solver is known to have looked at the residual there.
     - `minimum`: whether it was said to be a minimum.
     - `multiple`: whether it may be a multiple root, for all that is known.
     """
 
     distance: Any
+    measured: bool = eqx.field(static=True)
     minimum: bool = eqx.field(static=True)
     multiple: Bool[Array, ""] | bool
 

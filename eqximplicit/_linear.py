@@ -79,7 +79,7 @@ def _examined(
     mv: Callable[[Any], PyTree[Array]],
 ) -> tuple[LinearRule, Doubt | None]:
     """The rule, trusted no further than the curvature allows, and what is in doubt."""
-    if claim is None or claim.distance is None:
+    if claim is None or (claim.distance is None and not claim.measured):
         # So nobody else holds the value against the condition.
         rule = trusted_if(rule, all_finite(value))
     if claim is None:
