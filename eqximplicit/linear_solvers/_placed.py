@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._custom_types import PyTree
 from .._lanes import any_lane
-from .._placement import on_one_device
+from .._placement import by_placement
 from ._measured import AbstractMeasuredSolver, Measured
 from ._residual import where
 
@@ -55,30 +55,7 @@ class OnOneDevice(AbstractMeasuredSolver[PlacedState]):
         `otherwise` says. What a solver does not tell is zero steps, and a
         `condition_estimate` of NaN.
         """
-        dtype = jtu.tree_leaves(vector)[0].dtype
-
-        def by(solver: AbstractMeasuredSolver[Any], state: Any, turn: int) -> Measured:
-            found = solver.answer(state, vector, options)
-            told, estimate = found.stats, "condition_estimate"
-            stats = {
-                "residual_norm": told["residual_norm"].astype(dtype),
-                "num_steps": jnp.asarray(told.get("num_steps", 0), int),
-                "fallback": jnp.asarray(told.get("fallback", 0) + turn, int),
-                estimate: jnp.asarray(told.get(estimate, jnp.nan), dtype),
-            }
-            return Measured(found.x, found.asked, found.good, found.result, stats)
-
-        def otherwise() -> Measured:
-            return by(self.otherwise, state.otherwise, 1)
-
-        def directly() -> Measured:
-            found = by(self.direct, state.direct, 0)
-            need = found.asked & ~found.good
-            return jax.lax.cond(
-                any_lane(need), lambda: where(need, otherwise(), found), lambda: found
-            )
-
-        return jax.lax.cond(on_one_device(), directly, otherwise)
+        return by_placement(_directly, _otherwise, (self, state, vector, options))
 
     def transpose(
         self, state: PlacedState, options: dict[str, Any]
@@ -97,3 +74,36 @@ class OnOneDevice(AbstractMeasuredSolver[PlacedState]):
     def assume_full_rank(self) -> bool:
         """`True`: a singular operator is a failure."""
         return True
+
+
+_Question = tuple[OnOneDevice, PlacedState, PyTree[Array], dict[str, Any]]
+
+
+def _directly(question: _Question) -> Measured:
+    solver, state, vector, options = question
+    found = _told(solver.direct.answer(state.direct, vector, options), vector, 0)
+    need = found.asked & ~found.good
+    return jax.lax.cond(
+        any_lane(need),
+        lambda: where(need, _otherwise(question), found),
+        lambda: found,
+    )
+
+
+def _otherwise(question: _Question) -> Measured:
+    solver, state, vector, options = question
+    found = solver.otherwise.answer(state.otherwise, vector, options)
+    return _told(found, vector, 1)
+
+
+def _told(found: Measured, vector: PyTree[Array], turn: int) -> Measured:
+    """An answer with the same statistics, whoever gave it."""
+    dtype = jtu.tree_leaves(vector)[0].dtype
+    told, estimate = found.stats, "condition_estimate"
+    stats = {
+        "residual_norm": told["residual_norm"].astype(dtype),
+        "num_steps": jnp.asarray(told.get("num_steps", 0), int),
+        "fallback": jnp.asarray(told.get("fallback", 0) + turn, int),
+        estimate: jnp.asarray(told.get(estimate, jnp.nan), dtype),
+    }
+    return Measured(found.x, found.asked, found.good, found.result, stats)

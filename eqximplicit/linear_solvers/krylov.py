@@ -1,7 +1,7 @@
 """A matrix-free solve that starts with the cheapest iteration, and has a second."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from .._custom_types import LinearSolver, PyTree
 from .._lanes import any_lane
-from .._placement import on_one_device
+from .._placement import by_placement
 from .._ranges import refuse_below, refuse_negative
 from .._state import known
 from ._dense import consistency_limit, uncertainty
@@ -214,30 +214,33 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         first = Outcome(it.x, it.rr, it.steps, no, no)
         if self.restart == 0:
             return first
-        fallback = self.fallback
-
-        def iteratively() -> Outcome:
-            return self._continue(system, it)
-
-        def directly() -> Outcome:
-            assert fallback is not None
-            factors = factorised(fallback, state)
-            answer = direct(fallback, factors, vector, options, it.steps)
-            return where(need, answer, first)
+        stage = _Stage(self, state, vector, options, it, need)
 
         def second() -> Outcome:
-            if fallback is None:
-                return iteratively()
-            return jax.lax.cond(on_one_device(), directly, iteratively)
+            if self.fallback is None:
+                return self._iteratively(stage)
+            return by_placement(self._directly, self._iteratively, stage)
 
         if straight:
             return second()
         return jax.lax.cond(any_lane(need), second, lambda: first)
 
-    def _continue(self, system: System, it: Found) -> Outcome:
-        """The second phase, from where the first has come to, if that is any better."""
-        system = dataclasses.replace(system, max_steps=2 * self.max_steps)
-        restart, no = min(self.restart, size(system.b)), jnp.asarray(False)
+    @staticmethod
+    def _directly(stage: "_Stage") -> Outcome:
+        """The answer of the direct solver, in lanes that need one."""
+        fallback, it, no = stage.solver.fallback, stage.found, jnp.asarray(False)
+        assert fallback is not None
+        factors = factorised(fallback, stage.state)
+        answer = direct(fallback, factors, stage.vector, stage.options, it.steps)
+        return where(stage.need, answer, Outcome(it.x, it.rr, it.steps, no, no))
+
+    @staticmethod
+    def _iteratively(stage: "_Stage") -> Outcome:
+        """Conjugate residuals, from where the first phase is, if that is any better."""
+        solver, it, no = stage.solver, stage.found, jnp.asarray(False)
+        system = solver._system(stage.state, stage.vector, stage.options)
+        system = dataclasses.replace(system, max_steps=2 * solver.max_steps)
+        restart = min(solver.restart, size(system.b))
         x = where(it.rr <= system.bb, it.x, zeros_like(it.x))
         it = conjugate_residual(system, x, it.steps, restart)
         return Outcome(it.x, it.rr, it.steps, no, no)
@@ -269,10 +272,10 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             shared = not any(jtu.tree_leaves(batched[0]))
             if shared and lanes >= many:
                 state: KrylovState = eqx.combine(arrays, static)
-                out = jax.lax.cond(
-                    on_one_device(),
-                    lambda: columns(fallback, state, vector, axes[1]),
-                    lambda: jax.vmap(one_light, tuple(axes))(arrays, vector),
+                out = by_placement(
+                    lambda given: columns(given[0], given[1], given[3], axes[1]),
+                    lambda given: jax.vmap(one_light, tuple(axes))(*given[2:]),
+                    (fallback, state, arrays, vector),
                 )
             elif shared or lanes * n * n * itemsize <= FALLBACK_BYTES:
                 out = jax.vmap(one, tuple(axes))(arrays, vector)
@@ -281,6 +284,17 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             return out, jtu.tree_map(lambda _: True, out)
 
         return solve(arrays, vector)
+
+
+class _Stage(NamedTuple):
+    """A solve that its first phase has brought so far."""
+
+    solver: HybridKrylov
+    state: KrylovState
+    vector: PyTree[Array]
+    options: dict[str, Any]
+    found: Found
+    need: Bool[Array, ""]  # of this lane, to go on
 
 
 def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -> Any:
