@@ -13,7 +13,7 @@ X = np.arange(1.0, 4.0)
 
 
 def chosen(x, traced):
-    """A pytree with something static, of a function that captures `x`, too."""
+    """A pytree with something static."""
 
     def on_several(args):
         traced.append(args)
@@ -21,7 +21,7 @@ def chosen(x, traced):
 
     def on_one(args):
         name, y = args
-        return {"name": name, "sum": x + y**2}
+        return {"name": name, "sum": y + y**2}
 
     return by_placement(on_one, on_several, ("square", x))
 
