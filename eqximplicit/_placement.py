@@ -91,7 +91,10 @@ def _abstract(*args: Any, one: _Jaxpr, several: _Flat) -> list[ShapedArray]:
 
 def _batch(
     axis: Any, args: Sequence[Any], dims: Sequence[Any], *, one: _Jaxpr, several: _Flat
-) -> tuple[Sequence[Any], Sequence[int]]:
+) -> tuple[Sequence[Any], Sequence[int | None]]:
+    if all(dim is None for dim in dims):
+        out = _by_placement_p.bind(*args, one=one, several=several)
+        return out, [None] * len(out)
     names = (axis.name, axis.size, axis.spmd_name)
     lanes = lambda fn: jax.vmap(fn, tuple(dims), 0, *names)
     out = _bound(lanes(jex.jaxpr_as_fun(one)), lanes(several), args)
