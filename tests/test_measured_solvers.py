@@ -307,3 +307,70 @@ def test_start_that_does_not_fit_the_unknown_is_refused():
     operator = lx.MatrixLinearOperator(jnp.asarray(WIDE))
     with pytest.raises(ValueError, match="`y0` does not fit the unknown"):
         solved(operator, jnp.ones(3), eqi.NormalCG(5), y0=jnp.ones(3))
+
+
+def test_normal_equations_begin_without_a_product_of_zero():
+    matrix = lx.MatrixLinearOperator(jnp.eye(7) + 0.1)
+
+    def compute(b):
+        solver = eqi.NormalCG(5)
+        return solver.compute(solver.init(matrix, {}), b, {})[0]
+
+    equations = jax.make_jaxpr(compute)(jnp.ones(7)).eqns
+    products = [eqn for eqn in equations if eqn.primitive.name == "dot_general"]
+    of_matrix = [e for e in products if any(v.aval.shape == (7, 7) for v in e.invars)]
+    assert len(of_matrix) == 2  # of the right-hand side, and of the answer
+
+
+def krylov_space(matrix, b, steps):
+    """An orthonormal basis of the span of `b`, `A b`, ..."""
+    basis = [b]
+    for _ in range(steps - 1):
+        basis.append(matrix @ basis[-1])
+    return np.linalg.qr(np.stack(basis, axis=1))[0]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 5), (5, 8)])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_normal_equations_find_the_best_of_their_space(shape, steps):
+    draw = np.random.default_rng(steps)
+    matrix, b = draw.normal(size=shape), draw.normal(size=shape[0])
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+    if shape[0] < shape[1]:  # in the space of `b`, the least error of the minimum norm
+        gram = matrix @ matrix.T
+        space = krylov_space(gram, b, steps)
+        gram = space.T @ gram @ space
+        wanted = matrix.T @ space @ np.linalg.solve(gram, space.T @ b)
+    else:  # the least residual
+        space = krylov_space(matrix.T @ matrix, matrix.T @ b, steps)
+        wanted = space @ np.linalg.lstsq(matrix @ space, b, rcond=None)[0]
+    x, good, _ = solved(operator, jnp.asarray(b), eqi.NormalCG(steps))
+    assert good
+    np.testing.assert_allclose(x, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_normal_equations_stay_at_the_solution_of_a_singular_system():
+    rows = np.random.default_rng(5).normal(size=(9, 6))
+    matrix = rows @ np.diag([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]) @ rows.T
+    exact = np.linalg.pinv(matrix) @ (matrix @ np.ones(9))
+    operator, b = lx.MatrixLinearOperator(jnp.asarray(matrix)), matrix @ np.ones(9)
+    for steps in (6, 60, 600):
+        x, good, _ = solved(operator, jnp.asarray(b), eqi.NormalCG(steps))
+        assert good
+        if steps > 6:
+            np.testing.assert_allclose(x, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_normal_equations_with_a_preconditioner():
+    draw = np.random.default_rng(6)
+    matrix = np.eye(6) + 0.05 * draw.normal(size=(6, 6))
+    matrix = matrix @ np.diag(10.0 ** np.arange(6))
+    inverse = lx.MatrixLinearOperator(jnp.diag(10.0 ** -np.arange(6.0)))
+    b, operator = matrix @ np.ones(6), lx.MatrixLinearOperator(jnp.asarray(matrix))
+    x, good, _ = solved(
+        operator, jnp.asarray(b), eqi.NormalCG(6), preconditioner=inverse
+    )
+    assert good
+    np.testing.assert_allclose(x, np.ones(6), rtol=1e-6)
+    plain = solved(operator, jnp.asarray(b), eqi.NormalCG(6))[0]
+    assert np.max(np.abs(np.asarray(plain) - 1)) > 1e-2
