@@ -251,6 +251,20 @@ MUTANTS = [
         "entries",
         "tests/test_columns.py -k 'stencil'",
     ),
+    Mutant(
+        "preconditioner of normal equations without its transpose",
+        "linear_solvers/normal_cg.py",
+        "preconditioner.mv(transposed.mv(r))",
+        "preconditioner.mv(preconditioner.mv(r))",
+        "tests/test_measured_solvers.py -k 'preconditioner'",
+    ),
+    Mutant(
+        "leaves of which the last does not count",
+        "_reduce_leaves.py",
+        "for x in leaves]\n    return reduced(lax.concatenate",
+        "for x in leaves[:-1]]\n    return reduced(lax.concatenate",
+        "tests/test_reduce.py -k 'leaves'",
+    ),
 ]
 
 
