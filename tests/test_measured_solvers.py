@@ -1,5 +1,6 @@
 """Linear solvers tell what their answers are worth, in any units, and who gave them."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -374,3 +375,33 @@ def test_normal_equations_with_a_preconditioner():
     np.testing.assert_allclose(x, np.ones(6), rtol=1e-4)
     plain = solved(operator, b, eqi.NormalCG(6))[0]
     assert np.max(np.abs(np.asarray(plain) - 1)) > 1e-2
+
+
+# --- Tolerances that are arrays -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        eqi.AutoLinearSolver(rtol=1.0),
+        eqi.HybridKrylov(rtol=1.0, fallback=eqi.DirectLU()),
+        eqi.NormalCG(rtol=1.0),
+    ],
+    ids=["automatic", "fallback", "normal CG"],
+)
+def test_tolerance_may_be_traced(solver):
+    draw = np.random.default_rng(7)
+    matrix = np.eye(40) - 0.05 * draw.normal(size=(40, 40))
+
+    def answer(rtol, a):
+        exact = eqx.tree_at(lambda solver: solver.rtol, solver, rtol)
+        adjoint = eqi.ImplicitAdjoint(exact)
+        solve = lambda y0, a: jnp.linalg.solve(matrix, jnp.tanh(a))
+        condition = eqi.Root(lambda y, a: matrix @ y - jnp.tanh(a))
+        return eqi.ImplicitFunction(condition, solve, adjoint)(jnp.zeros(40), a)
+
+    a = jnp.asarray(draw.normal(size=40))
+    exact = np.linalg.solve(matrix, np.diag(1 - np.tanh(a) ** 2))
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        found = jax.jit(jacobian(answer, argnums=1))(1e-9, a)
+        np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-8)

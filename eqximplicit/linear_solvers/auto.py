@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from .._ranges import refuse_below, refuse_negative
@@ -92,7 +92,7 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     **Options:** those of the chosen solver.
     """
 
-    rtol: float | None = None
+    rtol: float | Float[Array, ""] | None = None
     rcond: float | None = None
     max_steps: int = eqx.field(default=1000, static=True)
     dense_size: int = eqx.field(default=DENSE_SIZE, static=True)
@@ -165,13 +165,15 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     ) -> str:
         symmetric = lx.is_symmetric(operator)
         eps = epsilon(operator.in_structure())
-        rtol = default_rtol(eps) if self.rtol is None else self.rtol
+        rtol: Any = default_rtol(eps) if self.rtol is None else self.rtol
+        known = isinstance(rtol, (int, float))  # else an array, which may be traced
+        limit = f"{rtol:.1e}" if known else "`rtol`"
         quick = "conjugate gradients" if symmetric else "Picard iteration"
         direct = "Cholesky or pseudo-inverse" if symmetric else "LU"
         slow = direct if small else "generalised conjugate residuals"
         return (
             f"{kind}, {n} unknowns (more than {self.dense_size}): matrix-free, {quick} "
-            f"to a relative residual of {rtol:.1e}, then {slow} where that stagnates"
+            f"to a relative residual of {limit}, then {slow} where that stagnates"
         )
 
     def init(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from .._custom_types import LinearSolver, PyTree
 from .._lanes import any_lane
@@ -80,7 +80,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     - `operator_error`: of a symmetric operator; see [`eqximplicit.DirectSymmetric`][].
     """
 
-    rtol: float | None = None
+    rtol: float | Float[Array, ""] | None = None
     atol: float = 0.0
     max_steps: int = eqx.field(default=1000, static=True)
     restart: int = eqx.field(default=20, static=True)
@@ -249,17 +249,27 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         self, state: KrylovState, vector: PyTree[Array], straight: bool
     ) -> Outcome:
         """`_solve`, with a rule for `vmap` that knows how many columns there are."""
-        arrays, static = eqx.partition(state, eqx.is_array)
-        fallback = self.fallback
-        assert fallback is not None
+        # The tolerances are given, too: a rule for `vmap` captures no tracer.
+        arrays, static = eqx.partition((self, state), eqx.is_array)
         n, itemsize = size(vector), jtu.tree_leaves(vector)[0].dtype.itemsize
-        many, light = max(2, int(MANY * n)), dataclasses.replace(self, fallback=None)
+        many = max(2, int(MANY * n))
+
+        def restored(arrays: Any) -> tuple[HybridKrylov, KrylovState]:
+            return eqx.combine(arrays, static)
 
         def one(arrays: Any, vector: PyTree[Array]) -> Outcome:
-            return self._solve(eqx.combine(arrays, static), vector, {}, straight)
+            solver, state = restored(arrays)
+            return solver._solve(state, vector, {}, straight)
 
         def one_light(arrays: Any, vector: PyTree[Array]) -> Outcome:
-            return light._solve(eqx.combine(arrays, static), vector, {}, straight)
+            solver, state = restored(arrays)
+            light = dataclasses.replace(solver, fallback=None)
+            return light._solve(state, vector, {}, straight)
+
+        def at_once(arrays: Any, vector: PyTree[Array], axes: Any) -> Outcome:
+            solver, state = restored(arrays)
+            assert solver.fallback is not None
+            return columns(solver.fallback, state, vector, axes)
 
         solve = custom_vmap(one)
 
@@ -271,11 +281,10 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             axes = jtu.tree_map(lambda b: 0 if b else None, batched)
             shared = not any(jtu.tree_leaves(batched[0]))
             if shared and lanes >= many:
-                state: KrylovState = eqx.combine(arrays, static)
                 out = by_placement(
-                    lambda given: columns(given[0], given[1], given[3], axes[1]),
-                    lambda given: jax.vmap(one_light, tuple(axes))(*given[2:]),
-                    (fallback, state, arrays, vector),
+                    lambda given: at_once(*given, axes[1]),
+                    lambda given: jax.vmap(one_light, tuple(axes))(*given),
+                    (arrays, vector),
                 )
             elif shared or lanes * n * n * itemsize <= FALLBACK_BYTES:
                 out = jax.vmap(one, tuple(axes))(arrays, vector)
