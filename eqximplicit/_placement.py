@@ -108,7 +108,6 @@ def _jvp(
     if all(type(t) is zero for t in tangents):
         out = _by_placement_p.bind(*primals, one=one, several=several)
         return out, [zero.from_primal_value(x) for x in out]
-
     # A choice that JAX can differentiate in reverse mode, too; solvers need none.
     no, yes = jnp.asarray(False), jnp.asarray(True)
     local = by_placement(lambda _: yes, lambda _: no, None)

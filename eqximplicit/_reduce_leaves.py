@@ -37,9 +37,8 @@ def is_joined(leaves: list[Array]) -> bool:
         return False
     if not all(is_known(x, tuple(range(x.ndim)), _MOST) for x in leaves):
         return False
-    return (
-        sum(x.size for x in leaves) <= _MOST and sum(x.size > FEW for x in leaves) > 1
-    )
+    several = sum(x.size > FEW for x in leaves) > 1
+    return several and sum(x.size for x in leaves) <= _MOST
 
 
 def _leaf_by_leaf(*leaves: Array, kind: str, lanes: int) -> Array:

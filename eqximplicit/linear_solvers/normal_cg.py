@@ -44,8 +44,8 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
     are used up the answer is inexact by design, so the result is successful if it is
     finite, and `stats["residual_norm"]` says how far it is off. Without `max_steps` it
     runs to the tolerance, and a residual above it is a failure. The transposed system
-    is solved by its own normal equations, $A A^\top x = A b$. Unlike in
-    lineax's `Normal(CG(...))`, a start of zero takes no product.
+    is solved by its own normal equations, $A A^\top x = A b$. Unlike in lineax's
+    `Normal(CG(...))`, a start of zero takes no product.
 
     Products: two per step. The condition number is squared; for a symmetric positive
     operator use `lineax.CG`, and `AutoLinearSolver` otherwise.
