@@ -1,41 +1,22 @@
 """JOIN: a condition, a solver and an adjoint in one differentiable Equinox module."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
-import optimistix as optx
-from jax.core import Tracer
 
-from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Solve
+from ._adjoint import AbstractAdjoint, ImplicitAdjoint
 from ._brief import brief, brief_condition
-from ._call import by_name, call_host_solver, call_solver
-from ._claim import is_rounding
+from ._call import by_name
 from ._condition import AbstractCondition
 from ._custom_types import check_instance, check_no_class
-from ._entries import all_finite, max_abs
 from ._failure import refuse_failure
-from ._hoist import hoist
-from ._iterate import iterate, Outcome, WhileLoop
 from ._monitor import Monitor
-from ._read import Read, without_arrays
 from ._reverse_only import reverse_only_explained
-from ._solution import Aux, RESULTS, Solution, where_result
-from ._state import (
-    as_arrays,
-    as_state,
-    coarse_epsilon,
-    is_traceable,
-    numbers_as_arrays,
-    stop_gradient,
-)
+from ._solution import Aux, Solution
+from ._solve import is_bare, is_iterative, solution_of
 from ._static import refuse_static_arrays
-from .solvers import AbstractHostSolver
 from .solvers._default import default_solver
 from .solvers._verdict import check_window_fits
 
@@ -137,7 +118,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
     def __check_init__(self) -> None:
         check_instance("adjoint", self.adjoint, AbstractAdjoint, _ADJOINT)
         check_no_class("solver", self.solver)
-        if not callable(self.solver) and _is_bare(self.solver):
+        if not callable(self.solver) and is_bare(self.solver):
             raise TypeError(
                 "`solver` must be an optimistix solver, a host solver or a callable "
                 f"`(y0, args) -> y`; got {self.solver!r}."
@@ -149,7 +130,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "`max_steps` must be >= 0 and an integer, or `None` for no limit; got "
                 f"{self.max_steps!r}."
             )
-        if self.condition.takes_aux and not _is_bare(self.solver):
+        if self.condition.takes_aux and not is_bare(self.solver):
             raise ValueError(
                 "A condition with `takes_aux=True` needs a solver that is a callable "
                 f"returning `(y, aux)`; got `{type(self.solver).__name__}`."
@@ -160,12 +141,12 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
                 "solver, of which `has_aux=False` says that there is none. Return "
                 "`(y, aux)` from the solver, and pass `has_aux=True`."
             )
-        if self.monitor is not None and not _is_iterative(self.solver):
+        if self.monitor is not None and not is_iterative(self.solver):
             raise ValueError(
                 "`monitor` watches the steps of an optimistix solver, and those of "
                 f"`{type(self.solver).__name__}` cannot be seen. Leave it out."
             )
-        if _is_iterative(self.solver):
+        if is_iterative(self.solver):
             check_window_fits(self.solver, self.max_steps)
         refuse_static_arrays(self.condition, "condition")
         refuse_static_arrays(self.solver, "solver")
@@ -222,7 +203,7 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         self, y0: Y | None, args: Args | None, diagnose: bool
     ) -> Solution[Y, Aux]:
         guess = self.y0 if y0 is None else y0
-        if guess is None and not _is_bare(self.solver):
+        if guess is None and not is_bare(self.solver):
             raise ValueError(
                 "No initial guess: call `layer(y0, args)`, or give the layer one with "
                 "`ImplicitFunction(..., y0=...)`."
@@ -230,10 +211,8 @@ class ImplicitFunction(eqx.Module, Generic[Y, Args, Aux, Params]):
         refuse_static_arrays(guess, "y0")
         for name, part in by_name(self.solver, args).items():
             refuse_static_arrays(part, name)
-        compiled = _is_iterative(self.solver) and not _is_staged()
-        solve = _solve_compiled if compiled else _solve
         with reverse_only_explained():
-            solution = solve(self, guess, args, diagnose)
+            solution = solution_of(self, guess, args, diagnose)
         return refuse_failure(solution) if self.throw else solution
 
 
@@ -250,126 +229,6 @@ def _settings(layer: ImplicitFunction[Any, Any, Any, Any]) -> list[str]:
     return [f"{name}={value}" for name, value in given.items() if value != usual[name]]
 
 
-def _is_iterative(solver: object) -> bool:
-    return isinstance(solver, optx.AbstractIterativeSolver)
-
-
-def _is_bare(solver: object) -> bool:
-    """Whether the solver is run as `solver(y0, args)`, and knows no condition."""
-    return not _is_iterative(solver) and not isinstance(solver, AbstractHostSolver)
-
-
 def _is_count(number: Any) -> bool:
     integer = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
     return integer and int(number) >= 0
-
-
-def _is_staged() -> bool:
-    """Whether an enclosing `jit` or loop records operations instead of running them."""
-    return isinstance(jax.lax.full((), 0), Tracer)
-
-
-def _run(
-    layer: ImplicitFunction[Any, Any, Any, Any], solve: Solve, while_loop: WhileLoop
-) -> Outcome:
-    condition, solver, y0, args = solve.condition, solve.solver, solve.y0, solve.args
-    if isinstance(solver, AbstractHostSolver):
-        return call_host_solver(solver, condition, y0, args)
-    if not _is_iterative(solver):
-        return call_solver(solver, y0, args, layer.has_aux)
-    return iterate(
-        condition,
-        solver,
-        y0,
-        args,
-        options=layer.options,
-        max_steps=layer.max_steps,
-        while_loop=while_loop,
-        monitor=layer.monitor,
-    )
-
-
-def _diagnosed(solve: Solve, outcome: Outcome) -> Outcome:
-    """The outcome with what a look at its value tells, beyond the solver's report.
-
-    A NaN ends no loop by itself: it looks like success or an exhausted budget.
-    """
-    result = outcome.result
-    unexplained = (result == RESULTS.successful) | (
-        result == RESULTS.nonlinear_max_steps_reached
-    )
-    condition = hoist(solve.condition, outcome.y, solve.args, outcome.aux)
-    residual = lambda y: condition.residual(y, solve.args, outcome.aux)
-    left = residual(outcome.y)
-    norm = max_abs(stop_gradient(left))
-    finite = all_finite(outcome.y) & jnp.isfinite(norm)
-    result = where_result(unexplained & ~finite, RESULTS.nonfinite, result)
-    eps = coarse_epsilon(outcome.y)
-    if eps is not None:  # of which the solver has seen nothing
-        y, left = stop_gradient((outcome.y, left))
-        stuck = result == RESULTS.local_minimum
-        stuck = stuck & is_rounding(residual, y, left, eps)
-        result = where_result(stuck, RESULTS.unattainable_tolerance, result)
-    stats = {**outcome.stats, "residual_norm": norm}
-    trusted = outcome.trusted & finite
-    return dataclasses.replace(outcome, result=result, trusted=trusted, stats=stats)
-
-
-def _solve(
-    layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any, diagnose: bool
-) -> Solution[Any, Any]:
-    condition, solver = layer.condition, layer.solver
-    if not _is_bare(solver):
-        condition = _with_aux(condition, layer.has_aux)
-        y0 = as_state(y0)
-        condition = hoist(condition, y0, args)
-        # After the hoist: in `fn`, a Python number takes the dtype of its operand.
-        condition, args = as_arrays((condition, args))
-
-    def run(solve: Solve, while_loop: WhileLoop) -> Outcome:
-        outcome = _run(layer, solve, while_loop)
-        return _diagnosed(solve, outcome) if diagnose else outcome
-
-    solve = Solve(condition, solver, y0, args, run)
-    outcome = layer.adjoint.differentiable(solve, layer.residual_tol)
-    return Solution(outcome.y, outcome.result, outcome.aux, outcome.stats)
-
-
-def _solve_compiled(
-    layer: ImplicitFunction[Any, Any, Any, Any], y0: Any, args: Any, diagnose: bool
-) -> Solution[Any, Any]:
-    """The solve, compiled and kept for the next call."""
-    if not all(map(is_traceable, jtu.tree_leaves(y0))):
-        as_state(y0)  # which says what it is
-    # One program for all values. An integer in `args` may be a shape or an exponent.
-    y0 = numbers_as_arrays(y0, (int, float, complex))
-    args = numbers_as_arrays(args, (float, complex))
-    return _solve_kept(layer, y0, args, diagnose, _read_by(layer, args))
-
-
-def _read_by(layer: ImplicitFunction[Any, Any, Any, Any], args: Any) -> Read:
-    """What the functions of a layer read, apart from the arrays that they are given."""
-    rest = jtu.tree_leaves((layer.solver, layer.adjoint, layer.options, args))
-    functions = [leaf for leaf in rest if not eqx.is_array(leaf)]
-    return Read(without_arrays(layer.condition.fn), functions)
-
-
-@eqx.filter_jit
-def _solve_kept(
-    layer: ImplicitFunction[Any, Any, Any, Any],
-    y0: Any,
-    args: Any,
-    diagnose: bool,
-    read: Read,
-) -> Solution[Any, Any]:
-    solution = _solve(layer, y0, args, diagnose)
-    read.keep()  # what the trace itself changed (a counter, a cache) is no news
-    return solution
-
-
-def _with_aux(
-    condition: AbstractCondition[Any, Any], has_aux: bool
-) -> AbstractCondition[Any, Any]:
-    if not has_aux or condition.has_aux:
-        return condition
-    return dataclasses.replace(condition, has_aux=True)

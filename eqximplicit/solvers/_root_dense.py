@@ -16,7 +16,7 @@ from .._entries import all_finite, peak
 from .._solution import as_results, Aux, RESULTS, Y
 from ..linear_solvers._columns import columns_of
 from ..linear_solvers._dense import matvec
-from . import _root_phases as ph, _vector_space as vs
+from . import _root_numbers as rn, _root_phases as ph, _vector_space as vs
 from ._root_solve import newton_or_damped_step
 from ._root_vector import norm_of, real_vector, RealVector
 
@@ -53,25 +53,25 @@ def init_dense(y: PyTree[Array], aux: Aux) -> DenseState[Aux]:
         base=Base(x, jnp.zeros_like(x), jnp.zeros((x.size, x.size), x.dtype)),
         trial=space.ravel(y),
         aux=aux,
-        control=ph.at_start(norm_of(x)),
+        control=rn.at_start(norm_of(x)),
         ever_regular=jnp.array(False),
     )
 
 
-def _measured_trial(base: Base, best: Array, x: Array, residual: Array) -> ph.Trial:
+def _measured_trial(base: Base, best: Array, x: Array, residual: Array) -> rn.Trial:
     step = x - base.x
     linear = base.residual + matvec(base.transposed.T, step)
     terms = jnp.sum(jnp.abs((x - best)[:, None] * base.transposed), axis=0)
     lengths = vs.lengths([residual, step, base.x, linear, terms], x.dtype)
     norm, step_length, base_length, linear_norm, terms_length = lengths
     largest = peak(residual)
-    return ph.Trial(norm, largest, step_length, base_length, linear_norm, terms_length)
+    return rn.Trial(norm, largest, step_length, base_length, linear_norm, terms_length)
 
 
 class _Measured(eqx.Module):
     """What the base shows, without derivatives."""
 
-    control: ph.Base
+    control: rn.Base
     columns: Float[Array, " n"]  # lengths of the columns of J, relative to their mean
     scaled_slope: Float[Array, ""]  # |J'F|, entry by entry over those
 
@@ -79,7 +79,7 @@ class _Measured(eqx.Module):
 def _measured_base(base: Base, gradient: Array, atol: float) -> _Measured:
     columns = jnp.sqrt(jnp.sum(base.transposed**2, axis=1))
     jacobian_norm = jnp.sqrt(jnp.sum(columns**2))
-    mean = ph.length_or_one(jacobian_norm) / base.x.size**0.5
+    mean = rn.length_or_one(jacobian_norm) / base.x.size**0.5
     columns = jnp.where(columns > 0, columns, mean) / mean
     slope, length, scaled_slope = vs.lengths(
         [gradient, base.x, gradient / columns], base.x.dtype
@@ -89,7 +89,7 @@ def _measured_base(base: Base, gradient: Array, atol: float) -> _Measured:
     noise = _ROUNDINGS * float(jnp.finfo(base.x.dtype).eps) * terms
     excess = jnp.abs(base.residual) - jnp.maximum(noise, atol)
     excess = jnp.max(jnp.where(jnp.isnan(excess), jnp.inf, excess))
-    shown = ph.Base(slope, jacobian_norm, length, excess, jnp.max(noise))
+    shown = rn.Base(slope, jacobian_norm, length, excess, jnp.max(noise))
     return _Measured(shown, columns, scaled_slope)
 
 
@@ -107,7 +107,7 @@ def _propose(
     base: Base,
     gradient: Array,
     seen: _Measured,
-    control: ph.Control,
+    control: rn.Control,
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """The next trial: a Newton step, bounded in length, or a damped one.
 
@@ -120,7 +120,7 @@ def _propose(
         transposed, base.residual, gradient, scale, slope / control.radius, damped
     )
     size = norm_of(stop_gradient(step))
-    longest = control.longest * ph.length_or_one(seen.control.length)
+    longest = control.longest * rn.length_or_one(seen.control.length)
     factor = jnp.where(damped | (size <= longest), 1, longest / size)
     factor = jnp.where(control.flipped > 0, -factor, factor)
     usable = jnp.isfinite(size) & (size > 0) & (control.aside == 0)
@@ -156,9 +156,9 @@ def _where(pred: Bool[Array, ""], x: Any, y: Any) -> Any:
     return jtu.tree_map(pick, x, y)
 
 
-def why(state: DenseState[Any], y: PyTree[Array], limits: ph.Limits) -> RESULTS:
+def why(state: DenseState[Any], y: PyTree[Array], limits: rn.Limits) -> RESULTS:
     """How a solve that is over ended; to be asked once, after the loop."""
-    control = ph.read(state.control)
+    control = rn.read(state.control)
     _, success = ph.is_over(control, limits, state.ever_regular)
     diverged = as_results(RESULTS.nonlinear_divergence)
     far = norm_of(real_vector(y).ravel(y)) > ph.FAR * control.start
@@ -178,7 +178,7 @@ def step_dense(
     fn: Callable[[Y], tuple[PyTree[Array], Aux]],
     y: Y,
     state: DenseState[Aux],
-    limits: ph.Limits,
+    limits: rn.Limits,
 ) -> tuple[Y, DenseState[Aux]]:
     """The best point and the state after one trial.
 
@@ -203,7 +203,7 @@ def step_dense(
     gradient = matvec(base.transposed, base.residual)
     seen = _measured_base(*stop_gradient((base, gradient)), atol)
     vector = ph.after(state.control, trial, seen.control, decision, x.size)
-    control = ph.read(vector)
+    control = rn.read(vector)
     proposed, regular = _propose(base, gradient, seen, control)
     return y, DenseState(
         base=base,

@@ -18,7 +18,7 @@ from ..linear_solvers import SparseDirect
 from ..linear_solvers._placed import OnOneDevice
 from ..linear_solvers.auto import narrow
 from ..linear_solvers.krylov import HybridKrylov
-from . import _root_phases as ph, _vector_space as vs
+from . import _root_numbers as rn, _root_phases as ph, _vector_space as vs
 from ._multiple import is_hardly_shorter, is_seen
 
 # Eisenstat and Walker (1996), choice 2: the forcing term and its safeguard.
@@ -61,7 +61,7 @@ def init_krylov(y: Y, aux: Aux) -> KrylovState[Y, Aux]:
         first=jnp.array(True),
         num_evaluations=jnp.array(0),
         ever_regular=jnp.array(False),
-        start_length=ph.length_or_one(vs.length(stop_gradient(y), dtype)),
+        start_length=rn.length_or_one(vs.length(stop_gradient(y), dtype)),
         before=jnp.zeros((), dtype),
         aux=aux,
     )
@@ -151,7 +151,7 @@ def step_krylov(
 
 
 def is_over_krylov(
-    state: KrylovState[Any, Any], y: PyTree[Array], limits: ph.Limits
+    state: KrylovState[Any, Any], y: PyTree[Array], limits: rn.Limits
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Whether the solve has ended, and whether with a root."""
     success = state.largest <= limits.atol
@@ -186,7 +186,7 @@ def is_slow_krylov(state: KrylovState[Any, Any], y: PyTree[Array]) -> Bool[Array
 
 
 def why_krylov(
-    state: KrylovState[Any, Any], y: PyTree[Array], limits: ph.Limits
+    state: KrylovState[Any, Any], y: PyTree[Array], limits: rn.Limits
 ) -> RESULTS:
     """How a solve that is over ended; to be asked once, after the loop."""
     _, success = is_over_krylov(state, y, limits)

@@ -13,29 +13,27 @@ There are three ways to propose a trial point, and one record of progress:
   kinds, which repeat themselves: where twelve have not helped, the next ones first
   move aside, each time in another direction.
 
-Every record here is of numbers, flags are 0 or 1, and the rules are elementwise
-(`_packed.py`).
+The records are in `_root_numbers.py`. The rules are elementwise (`_packed.py`).
 """
 
 import dataclasses
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._packed import (
-    changed,
-    constant,
-    packed,
-    settled,
-    unpacked,
-    updated,
-    where,
-    widened,
-)
+from .._packed import changed, packed, settled, unpacked, where, widened
 from ._multiple import is_seen, is_slow
+from ._root_numbers import (
+    Base,
+    Control,
+    Decision,
+    length_or_one,
+    Limits,
+    read,
+    Trial,
+)
 
 # Steps without halving the residual: at first, when the damped phase is slow, restarts.
 _PATIENCE, _PATIENCE_SLOW, _PATIENCE_RESTART = 10, 5, 2
@@ -48,8 +46,6 @@ _SHRINK, _GROW = 0.25, 3.0
 _FIRST_RADIUS = 0.1
 # A point is stationary when the norm can decrease by no more than this, to first order.
 _STATIONARY = 1e-3
-# Longest Newton step, in units of |y|: ordinarily, and the lengths of the restarts.
-_LONGEST, _RESTART_SHORT, _RESTART_LONG = 100.0, 1.0, 10.0
 # So many restarts leave along the Newton direction, the others aside of it.
 _RESTARTS_ALONG = 12
 # A best point this many times farther out than the start: the solve diverged.
@@ -60,116 +56,8 @@ _REGULAR = 0.01
 _ROUNDINGS = 4.0
 
 
-class Control(eqx.Module):
-    """The record of progress, and what to do next."""
-
-    # The phases.
-    damped: Array
-    restarting: Array
-    forced: Array  # the trial becomes the base whatever its residual
-    flipped: Array  # the restart leaves against the Newton direction
-    rejected: Array  # the last damped trial was
-    idle: Array  # Newton steps since the residual last halved
-    in_window: Array
-    num_slow: Array
-    num_restarts: Array
-    quarter: Array  # `num_restarts` modulo 4: four kinds of restart take turns
-    odd: Array  # whether `num_cycles` is
-    mark: Array  # the residual norm to be halved
-    radius: Array
-    # The points.
-    start: Array  # |y0|, or one
-    base_norm: Array  # |F(base)|
-    best_norm: Array
-    best_max: Array  # largest absolute residual of the best point
-    stuck: Array  # no smaller residual can be resolved,
-    near: Array  # and that is not so because of the distance from the start
-    multiple: Array  # the best point is a root, and was come to slowly
-    num_evaluations: Array
-    to_best: Array  # the next trial is the best point so far
-    aside: Array  # the direction in which it leaves the base; 0 is Newton's
-
-    @property
-    def num_cycles(self) -> Array:
-        return self.num_slow + self.num_restarts
-
-    @property
-    def longest(self) -> Array:
-        """The longest Newton step, in units of `|y|`."""
-        short = (self.quarter == 1) | (self.quarter == 2)
-        restart = where(short, _RESTART_SHORT, _RESTART_LONG)
-        longest = where(self.restarting > 0, restart, _LONGEST)
-        return longest.astype(self.mark.dtype)
-
-    @property
-    def rescaled(self) -> Array:
-        """Whether the damping measures each unknown by its column of the Jacobian."""
-        return self.odd > 0
-
-
-class Trial(eqx.Module):
-    """What was measured at a trial point; its base is the one before it."""
-
-    norm: Array  # |F(trial)|
-    largest: Array  # largest absolute entry of F(trial)
-    step: Array  # |trial - base|
-    base: Array  # |base|
-    linear: Array  # |F(base) + J (trial - base)|
-    terms: Array  # of J (trial - best point): the length of their absolute sums
-
-
-class Base(eqx.Module):
-    """What was measured at the base after the trial."""
-
-    slope: Array  # |J'F|
-    jacobian: Array  # |J|
-    length: Array  # |base|
-    excess: Array  # |F| entry by entry, above `atol` and rounding; not above 0 if stuck
-    noise: Array  # the largest rounding of an entry
-
-
-class Decision(eqx.Module):
-    """What a trial decides: a number and flags, which are 0 or 1."""
-
-    ratio: Array  # actual / predicted decrease of |F|^2
-    accepted: Array  # as the new base
-    better: Array  # than the best point
-    wanted: Array  # a Jacobian
-
-
-class Limits(eqx.Module):
-    """When to stop.
-
-    **Attributes:**
-
-    - `atol`: the largest residual entry of a root.
-    - `max_restarts`: how many there may be.
-    - `to_rounding`: whether a residual is also small enough that is rounding.
-    """
-
-    atol: float
-    max_restarts: int
-    to_rounding: bool
-
-
 def _fields(control: Control) -> Float[Array, " n"]:
     return packed(control, control.mark.dtype)
-
-
-def at_start(length: Float[Array, ""]) -> Float[Array, " n"]:
-    """Newton, with the initial guess, of this length, as the first trial."""
-    infinite = ("mark", "base_norm", "best_norm", "best_max")
-    vector = constant(Control, infinite, ("forced", "radius"), length.dtype)
-    return updated(Control, vector, start=length_or_one(length))
-
-
-def read(vector: Float[Array, " n"]) -> Control:
-    """The control of which `vector` is packed."""
-    return unpacked(Control, vector)
-
-
-def length_or_one(length: Array) -> Array:
-    return where(length > 0, length, 1)
 
 
 def _ratio(control: Control, trial: Trial) -> Array:

@@ -22,7 +22,8 @@ from ._root_krylov import (
     step_krylov,
     why_krylov,
 )
-from ._root_phases import is_over, Limits, read
+from ._root_numbers import Limits, read
+from ._root_phases import is_over
 from ._root_vector import real_size
 from ._small_newton import is_small, newton_opening
 from ._vector_space import has_complex, one_dtype, real_dtype, zeros_like
