@@ -9,6 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import LinearSolver, PyTree
+from ._krylov_iterations import Found
 
 
 class KrylovState(eqx.Module):
@@ -32,6 +33,12 @@ class Outcome(eqx.Module):
     steps: Int[Array, ""]
     direct: Bool[Array, ""]  # whether the direct solver answered,
     failed: Bool[Array, ""]  # and could not
+
+
+def iterated(found: Found) -> Outcome:
+    """The answer of an iteration."""
+    no = jnp.asarray(False)
+    return Outcome(found.x, found.rr, found.steps, no, no)
 
 
 def direct(

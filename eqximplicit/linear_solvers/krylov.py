@@ -18,7 +18,14 @@ from .._ranges import refuse_below, refuse_negative
 from .._state import known
 from ._dense import consistency_limit, uncertainty
 from ._iterations import contracts, Found, picard, System, unbegun
-from ._krylov_fallback import columns, direct, factorised, KrylovState, Outcome
+from ._krylov_fallback import (
+    columns,
+    direct,
+    factorised,
+    iterated,
+    KrylovState,
+    Outcome,
+)
 from ._krylov_iterations import conjugate_gradient, conjugate_residual
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import (
@@ -209,9 +216,8 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             it = conjugate_gradient(system, warm)
         else:
             it = picard(system, warm, contracts)
-        no = jnp.asarray(False)
         need = (straight | ~system.solved(it.rr)) & jnp.isfinite(system.bb)
-        first = Outcome(it.x, it.rr, it.steps, no, no)
+        first = iterated(it)
         if self.restart == 0:
             return first
         stage = _Stage(self, state, vector, options, it, need)
@@ -228,22 +234,21 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     @staticmethod
     def _directly(stage: "_Stage") -> Outcome:
         """The answer of the direct solver, in lanes that need one."""
-        fallback, it, no = stage.solver.fallback, stage.found, jnp.asarray(False)
+        fallback, found = stage.solver.fallback, stage.found
         assert fallback is not None
         factors = factorised(fallback, stage.state)
-        answer = direct(fallback, factors, stage.vector, stage.options, it.steps)
-        return where(stage.need, answer, Outcome(it.x, it.rr, it.steps, no, no))
+        answer = direct(fallback, factors, stage.vector, stage.options, found.steps)
+        return where(stage.need, answer, iterated(found))
 
     @staticmethod
     def _iteratively(stage: "_Stage") -> Outcome:
         """Conjugate residuals, from where the first phase is, if that is any better."""
-        solver, it, no = stage.solver, stage.found, jnp.asarray(False)
+        solver, it = stage.solver, stage.found
         system = solver._system(stage.state, stage.vector, stage.options)
         system = dataclasses.replace(system, max_steps=2 * solver.max_steps)
         restart = min(solver.restart, size(system.b))
         x = where(it.rr <= system.bb, it.x, zeros_like(it.x))
-        it = conjugate_residual(system, x, it.steps, restart)
-        return Outcome(it.x, it.rr, it.steps, no, no)
+        return iterated(conjugate_residual(system, x, it.steps, restart))
 
     def _solve_lane_or_columns(
         self, state: KrylovState, vector: PyTree[Array], straight: bool
