@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import equinox as eqx
 import jax
@@ -69,6 +70,9 @@ _BYTES = {
     **{"ui64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8},
     **{"complex<f32>": 8, "complex<f64>": 16},
 }
+
+# What a call is under `vmap`.
+_kept: WeakKeyDictionary[_Call, dict[Any, _Call]] = WeakKeyDictionary()
 
 _one_kernel_p = jex.Primitive("one_kernel")
 _one_kernel_p.multiple_results = True
@@ -130,12 +134,25 @@ def _batch(
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     batched = [d is not None for d in dims]
     out_axes = [0 if b else None for b in _depends(call_jaxpr.jaxpr, batched)]
-    if not any(batched):
-        return _one_kernel_p.bind(*args, call_jaxpr=call_jaxpr), out_axes
-    fn, names = jex.jaxpr_as_fun(call_jaxpr), (axis.name, axis.size, axis.spmd_name)
-    batched_fn = jax.vmap(fn, tuple(dims), out_axes, *names)
-    call_jaxpr = jax.make_jaxpr(batched_fn)(*args)
+    if any(batched):
+        # The rule of a branch, or of a loop, asks more than once.
+        kept = _kept.setdefault(call_jaxpr, {})
+        key = (axis, *dims, *map(jax.typeof, args))
+        if key not in kept:
+            kept[key] = _batched(axis, args, dims, out_axes, call_jaxpr)
+        call_jaxpr = kept[key]
     return _one_kernel_p.bind(*args, call_jaxpr=call_jaxpr), out_axes
+
+
+def _batched(
+    axis: Any,
+    args: Sequence[Any],
+    dims: Sequence[Any],
+    out_axes: Sequence[Any],
+    call_jaxpr: _Call,
+) -> _Call:
+    fn, names = jex.jaxpr_as_fun(call_jaxpr), (axis.name, axis.size, axis.spmd_name)
+    return jax.make_jaxpr(jax.vmap(fn, tuple(dims), out_axes, *names))(*args)
 
 
 def _depends(jaxpr: jex.Jaxpr, given: Sequence[bool]) -> list[bool]:

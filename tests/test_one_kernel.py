@@ -250,6 +250,35 @@ def test_under_transformations():
     )
 
 
+def test_lanes_of_any_number_and_axis_of_one_program():
+    matrix = draw((N, N), seed=1) / N
+    step = lambda y, scale: jnp.sin(matrix @ y) * scale
+    plain = lambda y, scale: looped(step, y, scale)
+    # A program that JAX keeps, and what it contains with it.
+    kernel = jax.jit(lambda y, scale: in_one_kernel(lambda: plain(y, scale)))
+    for lanes, axes in ((3, (0, 0)), (5, (0, 0)), (5, (1, 0)), (5, (0, None))):
+        shape = (lanes, N) if axes[0] == 0 else (N, lanes)
+        args = draw(shape), draw((lanes,), seed=2) if axes[1] == 0 else jnp.asarray(2.0)
+        assert_same(jax.vmap(kernel, axes)(*args), jax.vmap(plain, axes)(*args), 1e-14)
+
+
+def test_a_branch_under_vmap_is_batched_once():
+    sizes = []
+    scaled = jax.custom_batching.custom_vmap(jnp.multiply)
+
+    @scaled.def_vmap
+    def _(size, batched, y, scale):
+        sizes.append(size)
+        return y * scale[:, None], True
+
+    def branch(y, scale):
+        loop = lambda: looped(jnp.sin, scaled(y, scale))
+        return lax.cond(jnp.asarray(True), lambda: in_one_kernel(loop), lambda: y)
+
+    jax.make_jaxpr(jax.vmap(branch))(draw((7, N)), draw((7,)))
+    assert sizes == [7]  # where the rule of `cond` asks twice
+
+
 def test_what_does_not_depend_on_the_lane_has_none():
     def fn(y):
         return in_one_kernel(

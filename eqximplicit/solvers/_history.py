@@ -17,12 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._reduce import total
-from .._state import num_entries
 from . import _vector_space as vs
 
 Y = TypeVar("Y")
 _EXACT = jax.lax.Precision.HIGHEST
-_SMALL = 2**12  # entries; a sum of all products compiles in half the time of a dot
 
 
 def stack_of(y: Y, window: int) -> Y:
@@ -48,9 +46,6 @@ def dots(stack: Y, y: Y, dtype: jnp.dtype) -> Float[Array, " slots"]:
     """Returns the real inner products of all entries of the stack with `y`."""
 
     def leaf(s: Array, yi: Array) -> Array:
-        if num_entries(s) <= _SMALL:
-            product = jnp.real(jnp.conj(s) * yi[None])
-            return total(product, range(1, s.ndim)).astype(dtype)
         axes = (list(range(1, s.ndim)), list(range(yi.ndim)))
         product = jnp.tensordot(jnp.conj(s), yi, axes, precision=_EXACT)
         return jnp.real(product).astype(dtype)
@@ -63,9 +58,8 @@ def combine(coefficients: Float[Array, " slots"], stack: Y) -> Y:
 
     def leaf(s: Array) -> Array:
         weights = coefficients.astype(s.dtype)
-        if num_entries(s) <= _SMALL:
-            weights = jax.lax.broadcast_in_dim(weights, s.shape, (0,))
-            return total(weights * s, 0)
+        if s.ndim == 1:  # of which XLA would make a reduction
+            return total(weights * s)
         return jnp.tensordot(weights, s, 1, precision=_EXACT)
 
     return jtu.tree_map(leaf, stack)
