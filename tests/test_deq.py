@@ -480,6 +480,30 @@ def test_bfloat16_cell_is_solved_in_float32():
     np.testing.assert_allclose(grads.cell.inject, expected[1], atol=16 * BF16)
 
 
+def test_default_adjoint_of_a_large_bfloat16_cell():
+    # Above 2048 unknowns no factorisation stands behind the iteration.
+    lanes, n = 40, 64
+    draw = np.random.default_rng(3).normal
+    recur, x = 0.5 * draw(size=(n, n)) / np.sqrt(n), draw(size=(lanes, n))
+    cell = lambda z, x: jnp.tanh(z @ jnp.asarray(recur, z.dtype) + x)
+    single = jnp.asarray(x, jnp.float32)
+    norm = lambda z: optx.max_norm(z).astype(float)  # optimistix keeps it in float64
+    plain = optx.FixedPointIteration(rtol=1e-2, atol=1e-2, norm=norm)
+    layer = DEQ(cell, plain, compute_dtype=jnp.bfloat16)
+    loss = lambda x: jnp.sum(layer(x, z0=jnp.zeros_like(x)) ** 2)
+    slope = jax.jit(jax.grad(loss))(single)
+
+    z = np.zeros_like(x)
+    for _ in range(60):
+        z = np.tanh(z @ recur + x)
+    adjoint = 2 * z
+    for _ in range(60):
+        adjoint = 2 * z + (adjoint * (1 - z**2)) @ recur.T
+    want = adjoint * (1 - z**2)
+    slope = np.asarray(slope, float)
+    assert np.linalg.norm(slope - want) < 4 * BF16 * np.linalg.norm(want)
+
+
 def test_integer_compute_dtype_is_refused():
     with pytest.raises(ValueError, match=r"`compute_dtype` must be a real floating"):
         DEQ(make_cell(), compute_dtype=jnp.int32)

@@ -10,6 +10,7 @@ import pytest
 from problems import assert_close, CELL_GUESS, CELL_JACOBIAN, cell_layer, PROBLEMS, Var
 
 import eqximplicit as eqi
+from eqximplicit.linear_solvers._rounding import coarsest
 
 # Some tens of roundings of single precision (6e-8), at condition numbers below 10.
 SINGLE = 2e-5
@@ -171,3 +172,116 @@ def test_a_residual_of_roundings_alone_is_no_local_minimum(dtype):
     layer = eqi.ImplicitFunction(eqi.Root(lambda y, a: y**3 + y - a), throw=False)
     result = layer.solve(jnp.ones(3, dtype), jnp.array([30.0, 60, 90], dtype)).result
     assert result == eqi.RESULTS.unattainable_tolerance, eqi.RESULTS[result]
+
+
+def contraction(n):
+    """A matrix with the spectral norm 1/2."""
+    matrix = np.random.default_rng(n).normal(size=(n, n))
+    return matrix / (2 * np.linalg.norm(matrix, 2))
+
+
+def tanh_gradient(w, x, ct):
+    """The cotangent of `x` for `z = tanh(z w + x)`, and `z`, in double precision."""
+    z = np.zeros_like(x)
+    for _ in range(60):
+        z = np.tanh(z @ w + x)
+    slope, adjoint = 1 - z**2, ct
+    for _ in range(60):
+        adjoint = ct + (adjoint * slope) @ w.T
+    return adjoint * slope
+
+
+def assert_close_to(got, wanted, eps):
+    error = np.linalg.norm(np.asarray(got, float) - wanted)
+    assert error <= 4 * eps * np.linalg.norm(wanted)
+
+
+# Above 2048 unknowns no factorisation stands behind the iteration.
+@HALVES
+@pytest.mark.parametrize("state", ["half", "single"])
+def test_products_in_half_precision_are_as_good_as_they_can_be(state, dtype):
+    eps, w = float(jnp.finfo(dtype).eps), contraction(50)
+    draws = np.random.default_rng(1).normal(size=(2, 50, 50))
+    wanted = tanh_gradient(w, *draws)
+    w, x, ct = (jnp.asarray(a, dtype) for a in (w, *draws))
+    plain = optx.FixedPointIteration(rtol=4 * eps, atol=4 * eps)
+    guess = x if state == "half" else single(x)
+
+    def cell(z, x):  # computed in half precision, whatever the state is
+        return jnp.tanh(z.astype(dtype) @ w + x.astype(dtype)).astype(z.dtype)
+
+    @jax.jit
+    def pulled(x, ct):
+        layer = eqi.ImplicitFunction(eqi.FixedPoint(cell), plain)
+        return jax.vjp(lambda x: layer(x, x), x)[1](ct)[0]
+
+    slope = pulled(guess, ct.astype(guess.dtype))
+    assert slope.dtype == guess.dtype
+    assert_close_to(slope, wanted, eps)
+
+
+def shifted(offset):
+    return lambda d: np.diag(d) + np.eye(len(d), k=offset) / 4
+
+
+SQUARE = jnp.eye(3, dtype=jnp.float32)
+FAST = 2.0**-10  # TensorFloat-32, which CPUs do not have
+
+
+@pytest.mark.parametrize(
+    ("program", "rounding"),
+    [
+        (lambda x: SQUARE @ x, FAST),
+        (lambda x: jnp.matmul(SQUARE, x, precision="high"), FAST),
+        (lambda x: jnp.matmul(SQUARE, x, precision="highest"), 2.0**-23),
+        (lambda x: jax.lax.scan(lambda x, _: (SQUARE @ x, None), x, None, 2)[0], FAST),
+        (lambda x: 2 * x, 2.0**-23),
+        (lambda x: (2 * x.astype(jnp.bfloat16)).astype(jnp.float32), 2.0**-7),
+        (lambda x: jax.jit(lambda x: x.astype(jnp.float16) * 2)(x), 2.0**-10),
+    ],
+    ids=["default", "high", "highest", "inside", "no product", "bfloat16", "float16"],
+)
+def test_rounding_is_that_of_the_lowest_precision(program, rounding):
+    jaxpr = jax.make_jaxpr(program)(jnp.ones(3, jnp.float32)).jaxpr
+    assert coarsest(jaxpr, FAST) == rounding
+
+
+AUTO = eqi.AutoLinearSolver()
+LINEAR = {
+    "diagonal": (lx.diagonal_tag, np.diag, AUTO),
+    "tridiagonal": (lx.tridiagonal_tag, shifted(1), AUTO),
+    "triangular": (lx.lower_triangular_tag, shifted(-2), AUTO),
+    "positive": (lx.positive_semidefinite_tag, lambda d: np.diag(d) + 0.1, AUTO),
+    "by Cholesky": (
+        lx.positive_semidefinite_tag,
+        lambda d: np.diag(d) + 0.1,
+        lx.Cholesky(),
+    ),
+    "sparse": (frozenset(), shifted(2), eqi.SparseDirect()),
+    "normal": (frozenset(), shifted(2), eqi.NormalCG(rtol=1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_residual_is_measured_no_better_than_products_are(name):
+    (tag, shaped, solver), dtype = LINEAR[name], jnp.bfloat16
+    rng, n = np.random.default_rng(2), 6
+    eps = max(float(jnp.finfo(dtype).eps), 1e-2 if name == "normal" else 0.0)
+    matrix = np.asarray(jnp.asarray(shaped(rng.uniform(1, 2, n)), dtype), float)
+    draws = rng.normal(size=(200, n))
+    wanted = np.linalg.solve(matrix, draws.T).T, np.linalg.solve(matrix.T, draws.T).T
+
+    def product(y):  # an entry at a time: a sparse matrix stays one
+        rows = [[a * y[j] for j, a in enumerate(row) if a] for row in matrix.tolist()]
+        return jnp.stack([sum(row[1:], row[0]) for row in rows])
+
+    @jax.jit
+    @jax.vmap
+    def both(v):
+        condition = eqi.Root(lambda y, b: product(y) - b, tag)
+        linear = {"linear_solver": solver}
+        solution = lambda b: eqi.implicit_solution(condition, b, b, **linear)
+        return jax.jvp(solution, (0 * v,), (v,))[1], jax.vjp(solution, 0 * v)[1](v)[0]
+
+    for got, want in zip(both(jnp.asarray(draws, dtype)), wanted, strict=True):
+        assert_close_to(got, want, eps)

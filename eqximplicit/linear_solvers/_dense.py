@@ -1,19 +1,15 @@
 """What the direct solvers share: limits of accuracy, and the matrix of an operator."""
 
-import math
 import sys
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import lineax as lx
 from jax import lax
-from jax.extend.core import Jaxpr
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from .._entries import peak
-from .._reach import inner_jaxprs
 from .._state import known
 from ._residual import check_bytes, norm
 from ._small import as_matrix
@@ -77,26 +73,6 @@ def zero_below(n: int | Array, eps: float) -> float | Array:
 def null_below(n: int | Array, eps: float) -> float | Array:
     """`zero_below`, where a small eigenvalue may belong to a regular matrix."""
     return NULL * n**0.5 * eps
-
-
-def is_coarse(operator: lx.AbstractLinearOperator) -> bool:
-    """Whether products may be rounded in a lower precision than that of the operator.
-
-    As those of matrices in float32 are on accelerators, by JAX's default.
-    """
-    struct = operator.in_structure()
-    closed = jax.make_jaxpr(operator.mv)(struct)
-    least = min(leaf.dtype.itemsize for leaf in jtu.tree_leaves(struct))
-    return jax.default_backend() != "cpu" or _least_bytes(closed.jaxpr) < least
-
-
-def _least_bytes(jaxpr: Jaxpr) -> float:
-    """The bytes of the lowest precision in a program."""
-    avals = (out.aval for eqn in jaxpr.eqns for out in eqn.outvars)
-    dtypes = (getattr(aval, "dtype", jnp.dtype(bool)) for aval in avals)
-    inside = (inner for eqn in jaxpr.eqns for inner in inner_jaxprs(eqn))
-    sizes = (d.itemsize for d in dtypes if jnp.issubdtype(d, jnp.floating))
-    return min([math.inf, *sizes, *map(_least_bytes, inside)])
 
 
 def skewness(matrix: Float[Array, "n n"]) -> Float[Array, ""]:

@@ -16,12 +16,14 @@ class KrylovState(eqx.Module):
     """A linearised operator; `sign` is -1 for one tagged negative.
 
     `error` is how far off a symmetric operator may be, in norm; `None` for not at all.
+    `rounding` is the epsilon of the lowest precision in a product.
     """
 
     operator: lx.AbstractLinearOperator
     error: Float[Array, ""] | None
     sign: int = eqx.field(static=True)
     symmetric: bool = eqx.field(static=True)
+    rounding: float = eqx.field(static=True)
     transposed: bool = eqx.field(default=False, static=True)  # of a symmetric one
 
 

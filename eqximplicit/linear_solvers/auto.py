@@ -1,5 +1,6 @@
 """The default: a linear solver chosen at trace time from size, dtype and tags."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from ._measured import AbstractMeasuredSolver, Measured
 from ._pattern import narrow_structure
 from ._placed import OnOneDevice
 from ._residual import epsilon, size, structure
+from ._rounding import rounding_of_products
 from ._small import is_placed
 from ._structure import Structure
 from .checked import Checked
@@ -43,6 +45,10 @@ class Selection(NamedTuple):
 
     solver: AbstractMeasuredSolver[Any]
     reason: str
+
+
+# A solver, and what says why.
+_Choice = tuple[AbstractMeasuredSolver[Any], Callable[[], str]]
 
 
 class AutoState(eqx.Module):
@@ -110,49 +116,44 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
         **Raises:** `ValueError` if the operator is not square or not of one real dtype,
         and, with the number of bytes, if a matrix would exceed `max_bytes`.
         """
+        solver, why = self._choice(operator)
+        return Selection(solver, why())
+
+    def _choice(self, operator: lx.AbstractLinearOperator) -> _Choice:
         n = size(structure(operator))
         tagged = self._by_structure(operator)
         if tagged is not None:
             return tagged
         symmetric = lx.is_symmetric(operator)
         direct = self._direct(symmetric)
-        kind = "symmetric" if symmetric else "not tagged symmetric"
         if n <= self.dense_size:
-            what = _direct_words(symmetric, n)
-            return Selection(
-                direct, f"{kind}, {n} unknowns (at most {self.dense_size}): {what}"
-            )
+            return direct, lambda: self._direct_words(symmetric, n)
         small = n <= self.fallback_size
         krylov = HybridKrylov(
             rtol=self.rtol,
             max_steps=self.max_steps,
             fallback=direct if small else None,
         )
-        words = self._krylov_words(operator, kind, n, small)
-        if not symmetric and (found := narrow(operator)):
-            reason = f"{found.kind} by its jaxpr, {n} unknowns: elimination, O(n)"
-            solver = OnOneDevice(SparseDirect(), krylov)
-            return Selection(solver, f"{reason}; over several devices: {words}")
-        return Selection(krylov, words)
+        words = lambda: self._krylov_words(operator, n, small)
+        if symmetric or not (found := narrow(operator)):
+            return krylov, words
+        reason = f"{found.kind} by its jaxpr, {n} unknowns: elimination, O(n)"
+        solver = OnOneDevice(SparseDirect(), krylov)
+        return solver, lambda: f"{reason}; over several devices: {words()}"
 
-    def _by_structure(self, operator: lx.AbstractLinearOperator) -> Selection | None:
+    def _by_structure(self, operator: lx.AbstractLinearOperator) -> _Choice | None:
         if operator.in_size() == 1:
             return None  # lineax calls it diagonal; the closed form knows a zero
         if lx.is_diagonal(operator):
-            return Selection(
-                Checked(lx.Diagonal(well_posed=True), probe=True),
-                "tagged diagonal: division",
-            )
+            division = Checked(lx.Diagonal(well_posed=True), probe=True)
+            return division, lambda: "tagged diagonal: division"
         if lx.is_tridiagonal(operator):
-            return Selection(
-                Checked(lx.Tridiagonal(), probe=True),
-                "tagged tridiagonal: elimination without fill-in, O(n)",
-            )
+            elimination = Checked(lx.Tridiagonal(), probe=True)
+            words = "tagged tridiagonal: elimination without fill-in, O(n)"
+            return elimination, lambda: words
         if lx.is_lower_triangular(operator) or lx.is_upper_triangular(operator):
-            return Selection(
-                Checked(lx.Triangular(), max_bytes=self.max_bytes),
-                "tagged triangular: substitution",
-            )
+            substitution = Checked(lx.Triangular(), max_bytes=self.max_bytes)
+            return substitution, lambda: "tagged triangular: substitution"
         return None
 
     def _direct(self, symmetric: bool) -> AbstractMeasuredSolver[Any]:
@@ -160,27 +161,33 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
             return DirectSymmetric(rcond=self.rcond, max_bytes=self.max_bytes)
         return DirectLU(max_bytes=self.max_bytes)
 
+    def _direct_words(self, symmetric: bool, n: int) -> str:
+        what = _how_directly(symmetric, n)
+        return f"{_kind(symmetric)}, {n} unknowns (at most {self.dense_size}): {what}"
+
     def _krylov_words(
-        self, operator: lx.AbstractLinearOperator, kind: str, n: int, small: bool
+        self, operator: lx.AbstractLinearOperator, n: int, small: bool
     ) -> str:
-        symmetric = lx.is_symmetric(operator)
-        eps = epsilon(operator.in_structure())
-        rtol: Any = default_rtol(eps) if self.rtol is None else self.rtol
+        symmetric, rtol = lx.is_symmetric(operator), self.rtol
+        if rtol is None:
+            eps = epsilon(operator.in_structure())
+            rtol = default_rtol(eps, rounding_of_products(operator))
         known = isinstance(rtol, (int, float))  # else an array, which may be traced
         limit = f"{rtol:.1e}" if known else "`rtol`"
         quick = "conjugate gradients" if symmetric else "Picard iteration"
         direct = "Cholesky or pseudo-inverse" if symmetric else "LU"
         slow = direct if small else "generalised conjugate residuals"
         return (
-            f"{kind}, {n} unknowns (more than {self.dense_size}): matrix-free, {quick} "
-            f"to a relative residual of {limit}, then {slow} where that stagnates"
+            f"{_kind(symmetric)}, {n} unknowns (more than {self.dense_size}): matrix-"
+            f"free, {quick} to a relative residual of {limit}, then {slow} where that "
+            "stagnates"
         )
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> AutoState:
         """Returns the state of the chosen solver."""
-        solver = self.select(operator).solver
+        solver, _ = self._choice(operator)
         return AutoState(solver, solver.init(operator, options))
 
     def is_exact(self, state: AutoState) -> bool:
@@ -231,7 +238,11 @@ def narrow(operator: lx.AbstractLinearOperator) -> Structure | None:
     return found if narrow else None
 
 
-def _direct_words(symmetric: bool, n: int) -> str:
+def _kind(symmetric: bool) -> str:
+    return "symmetric" if symmetric else "not tagged symmetric"
+
+
+def _how_directly(symmetric: bool, n: int) -> str:
     if n <= 3:
         inverse = "inverse in closed form"
         return f"{inverse}, pseudo-inverse where singular" if symmetric else inverse

@@ -16,6 +16,7 @@ from .._solution import is_successful
 from ._dense import residual_limit, singular_below
 from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import check_bytes, dot, epsilon, even, minus, size, structure
+from ._rounding import rounding_of_products
 from ._three_diagonals import Bands, bands_of, flip, is_exact, is_regular
 from .direct_lu import DirectLU
 
@@ -54,12 +55,14 @@ class CheckedState(eqx.Module):
     """The state of the inner solver, and the operator that measures its answers.
 
     `bands` are those of a matrix that is solved as a tridiagonal one, else `None`.
+    `eps` is that of the lowest precision in a product.
     """
 
     inner: Any
     operator: lx.AbstractLinearOperator
     regular: Bool[Array, ""]
     bands: Bands | None
+    eps: float = eqx.field(static=True)
 
 
 class Checked(AbstractMeasuredSolver[CheckedState]):
@@ -74,7 +77,8 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
 
     - `solver`: any lineax solver for square systems.
     - `rtol`: dimensionless; $\epsilon^{1/3}$ if `None` (6e-6 in float64, 5e-3 in
-        float32), or ten times what `solver` is asked for if that is more.
+        float32; of the lowest precision in a product), or ten times what `solver` is
+        asked for if that is more.
     - `probe`: also solves for one right-hand side without a pattern, once for a state.
         Elimination of a singular matrix often ends finite, and its residual is small if
         the right-hand side is consistent; the answer to the probe is then about
@@ -107,7 +111,8 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
             regular = is_regular(bands, ravel_pytree(even(struct))[0])
         elif self.probe:
             regular = self._survives_probe(operator, inner, struct, options)
-        return CheckedState(inner, lx.linearise(operator), regular, bands)
+        eps = rounding_of_products(operator)
+        return CheckedState(inner, lx.linearise(operator), regular, bands, eps)
 
     def is_exact(self, state: CheckedState) -> bool:
         """`True`: what leaves a residual has failed."""
@@ -138,7 +143,7 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
     ) -> Measured:
         """Returns the solution, its result, and its measured `residual_norm`."""
         x, claimed, stats = self.solver.compute(state.inner, vector, options)
-        rtol = self._limit(vector) if self.rtol is None else self.rtol
+        rtol = self._limit(vector, state.eps) if self.rtol is None else self.rtol
         r, bb = minus(vector, state.operator.mv(x)), dot(vector, vector)
         regular = state.regular & ((bb == 0) | is_successful(claimed))
         # What the solver itself says of its failure is more than that it failed.
@@ -146,18 +151,18 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         rr = dot(r, r)
         if state.bands is not None:
             # Each row is measured in its own units: their sum has no say.
-            limit = epsilon(vector) ** 0.75 if self.rtol is None else self.rtol
+            limit = state.eps**0.75 if self.rtol is None else self.rtol
             flat_x, flat_b, left = (ravel_pytree(v)[0] for v in (x, vector, r))
             exact = is_exact(state.bands, flat_x, flat_b, left, limit)
             regular = regular & ((bb == 0) | exact)
             stats, rr = {**stats, "residual_norm": jnp.sqrt(rr)}, jnp.zeros_like(rr)
         return measured(x, rr, bb, rtol=rtol, regular=regular, failure=failure, **stats)
 
-    def _limit(self, vector: PyTree[Array]) -> Any:
+    def _limit(self, vector: PyTree[Array], eps: float) -> Any:
         # Other norms than ours decide when an iteration has done what it was asked for.
         slack = _SLACK * size(vector) ** 0.5
         asked = [getattr(self.solver, name, 0.0) for name in ("rtol", "atol")]
-        limit = residual_limit(epsilon(vector))
+        limit = residual_limit(eps)
         return greatest(limit, *(slack * tol for tol in asked))
 
     @property
@@ -174,7 +179,8 @@ class Checked(AbstractMeasuredSolver[CheckedState]):
         if not lx.is_symmetric(operator):
             operator = operator.transpose()
         bands = None if bands is None else flip(bands)
-        return CheckedState(inner, operator, state.regular, bands), options
+        flipped = CheckedState(inner, operator, state.regular, bands, state.eps)
+        return flipped, options
 
     def conj(
         self, state: CheckedState, options: dict[str, Any]

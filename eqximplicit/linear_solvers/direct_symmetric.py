@@ -16,7 +16,6 @@ from .._lanes import any_lane
 from .._state import known
 from ._dense import (
     consistency_limit,
-    is_coarse,
     materialised,
     matvec,
     MAX_BYTES,
@@ -32,6 +31,7 @@ from ._dense import (
 )
 from ._measured import AbstractDirectSolver, Measured, measured
 from ._residual import dot, epsilon, norm, structure
+from ._rounding import is_coarse
 from ._small import LARGEST
 from ._symmetric_factors import completed, Cut, definite_factor, rows, skew_inverse
 

@@ -40,6 +40,7 @@ from ._residual import (
     where,
     zeros_like,
 )
+from ._rounding import rounding_of_products
 
 # From this many right-hand sides per unknown on, factorising once is the cheaper way.
 MANY = 1 / 8
@@ -48,9 +49,13 @@ MANY = 1 / 8
 FALLBACK_BYTES = 2**28
 
 
-def default_rtol(eps: float) -> float:
-    """The relative residual at which a matrix-free solve stops by default."""
-    return max(1e-10, 16 * eps)
+def default_rtol(eps: float, rounding: float) -> float:
+    """The relative residual at which a matrix-free solve stops by default.
+
+    `eps` is that of the vectors, `rounding` that of the lowest precision in a product:
+    no residual is much less.
+    """
+    return max(1e-10, 16 * eps, rounding)
 
 
 class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
@@ -69,9 +74,9 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     **Arguments:**
 
     - `rtol`, `atol`: stops at `‖b - A x‖₂ <= rtol ‖b‖₂ + atol`. With `rtol=None`, stops
-        at 1e-10 (float64) or 2e-6 (float32) and accepts $\sqrt\epsilon$, for a
-        system too ill-conditioned for more; a given `rtol` must be reached within a
-        factor of two.
+        at 1e-10 (float64) or 2e-6 (float32), but not below the rounding of a product in
+        a lower precision, and accepts the root of that rounding, for a system too
+        ill-conditioned for more; a given `rtol` must be reached within a factor of two.
     - `max_steps`: the largest number of products in each of the two phases.
     - `restart`: how many pairs of vectors the second phase keeps; with 0 there is no
         second phase, and what stagnates has failed (and is compiled faster).
@@ -103,13 +108,14 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
     ) -> KrylovState:
         """Returns the linearised operator."""
-        eps = epsilon(structure(operator))
-        warn_if_unreachable("HybridKrylov", self.rtol, self.atol, eps)
+        structure(operator)  # which refuses what is not square, or not real
+        rounding = rounding_of_products(operator)
+        warn_if_unreachable("HybridKrylov", self.rtol, self.atol, rounding)
         negative = lx.is_negative_semidefinite(operator)
         symmetric = lx.is_symmetric(operator)
         error = options.get("operator_error") if symmetric else None
         linear = lx.linearise(operator)
-        return KrylovState(linear, error, -1 if negative else 1, symmetric)
+        return KrylovState(linear, error, -1 if negative else 1, symmetric, rounding)
 
     def is_exact(self, state: KrylovState) -> bool:
         """`True`: a residual above the tolerance is a failure."""
@@ -126,11 +132,12 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         for key in ("preconditioner", "y0"):
             require_like(options.get(key), vector, key)
         outcome = self._outcome(state, vector, options)
-        eps = epsilon(vector)
-        accepted = consistency_limit(eps) if self.rtol is None else 2 * self.rtol
+        default, rtol = consistency_limit(state.rounding), self.rtol
+        accepted = default if rtol is None else 2 * rtol
         slack: Any = 2 * self.atol
         if state.error is not None:
-            slack = slack + uncertainty(state.error, outcome.x, vector, eps)
+            unsure = uncertainty(state.error, outcome.x, vector, epsilon(vector))
+            slack = slack + unsure
         # The direct solver has limits of its own: what it calls an answer is one.
         rr = jnp.where(outcome.direct, 0, outcome.rr)
         return measured(
@@ -176,7 +183,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
     def _system(
         self, state: KrylovState, vector: PyTree[Array], options: dict[str, Any]
     ) -> System:
-        rtol = default_rtol(epsilon(vector)) if self.rtol is None else self.rtol
+        default, rtol = default_rtol(epsilon(vector), state.rounding), self.rtol
         preconditioner = options.get("preconditioner")
         sign, operator = state.sign, state.operator
         return System(
@@ -184,7 +191,7 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
             precondition=_precondition(preconditioner, sign),
             b=vector if sign == 1 else scale(-1, vector),
             bb=dot(vector, vector),
-            rtol=rtol,
+            rtol=default if rtol is None else rtol,
             atol=self.atol,
             max_steps=self.max_steps,
         )

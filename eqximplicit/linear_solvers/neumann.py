@@ -24,6 +24,7 @@ from ._residual import (
     transposed_options,
     warn_if_unreachable,
 )
+from ._rounding import rounding_of_products
 from .krylov import default_rtol
 
 Vector = PyTree[Array]
@@ -31,9 +32,10 @@ _LIMIT = 1e7
 
 
 class NeumannState(eqx.Module):
-    """A linearised operator."""
+    """A linearised operator, and the epsilon of the lowest precision in a product."""
 
     operator: lx.AbstractLinearOperator
+    rounding: float = eqx.field(static=True)  # zero where nobody asks
 
 
 class Neumann(AbstractMeasuredSolver[NeumannState]):
@@ -67,7 +69,8 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
     - `num_terms`: the number of terms $K$, at least 1; `None` to run to the tolerance.
     - `damping`, `alpha`: dimensionless.
     - `rtol`, `atol`: for `num_terms=None`, stops at `‖b - A x‖₂ <= rtol ‖b‖₂ + atol`;
-        an `rtol` of `None` is 1e-10 in float64 and 2e-6 in float32.
+        an `rtol` of `None` is 1e-10 in float64 and 2e-6 in float32, but not less than
+        the rounding of a product in a lower precision.
     - `max_steps`: for `num_terms=None`, the largest number of products.
 
     **Options:**
@@ -104,10 +107,12 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
     ) -> NeumannState:
         """Returns the linearised operator."""
         del options
-        eps = epsilon(structure(operator))
+        structure(operator)  # which refuses what is not square, or not real
+        rounding = 0.0
         if self.num_terms is None:
-            warn_if_unreachable("Neumann", self.rtol, self.atol, eps)
-        return NeumannState(lx.linearise(operator))
+            rounding = rounding_of_products(operator)
+            warn_if_unreachable("Neumann", self.rtol, self.atol, rounding)
+        return NeumannState(lx.linearise(operator), rounding)
 
     def is_exact(self, state: NeumannState) -> bool:
         """Whether the series is summed to a tolerance."""
@@ -149,7 +154,8 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
     def _to_tolerance(
         self, state: NeumannState, vector: Vector, options: dict[str, Any]
     ) -> Measured:
-        rtol = default_rtol(epsilon(vector)) if self.rtol is None else self.rtol
+        default = default_rtol(epsilon(vector), state.rounding)
+        rtol = default if self.rtol is None else self.rtol
         system = System(
             mv=state.operator.mv,
             precondition=lambda r: self._increment(r, options),
@@ -183,7 +189,7 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
     ) -> tuple[NeumannState, dict[str, Any]]:
         """Returns the state of the transposed operator, and its options."""
         transposed = state.operator.transpose()
-        return NeumannState(transposed), transposed_options(options)
+        return NeumannState(transposed, state.rounding), transposed_options(options)
 
     def conj(
         self, state: NeumannState, options: dict[str, Any]

@@ -26,15 +26,19 @@ from ._residual import (
     size,
     transposed_options,
 )
+from ._rounding import rounding_of_products
 
 # As SciPy and lineax: in exact arithmetic one would do.
 _STEPS_PER_UNKNOWN = 10
+# What is accepted in any case, and how much more than it was asked for.
+_ACCEPT, _SLACK = 1e-4, 10.0
 
 
 class NormalCGState(eqx.Module):
-    """A linearised operator."""
+    """A linearised operator; `rounding` is the epsilon of a product, or of `x`."""
 
     operator: lx.AbstractLinearOperator
+    rounding: float = eqx.field(static=True)
 
 
 class NormalCG(AbstractMeasuredSolver[NormalCGState]):
@@ -54,10 +58,11 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
 
     - `max_steps`: the number of steps; `None` to run to the tolerance.
     - `rtol`, `atol`: stop earlier at `‖Aᵀ (b - A x)‖₂ <= rtol ‖Aᵀ b‖₂ + atol`; at the
-        latest at the resolution of the dtype. Of an operator with fewer equations than
-        unknowns, `‖b - A x‖₂ <= rtol ‖b‖₂ + atol`.
+        latest at the resolution of the products. Of an operator with fewer equations
+        than unknowns, `‖b - A x‖₂ <= rtol ‖b‖₂ + atol`.
     - `accept`: without `max_steps`, the relative residual `‖b - A x‖₂ / ‖b‖₂` above
-        which the solve has failed.
+        which the solve has failed; 1e-4 if `None`, or ten times what it was asked for
+        if that is more.
 
     **Options:**
 
@@ -68,7 +73,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
     max_steps: int | None = eqx.field(default=None, static=True)
     rtol: float = 0.0
     atol: float = 0.0
-    accept: float = 1e-4
+    accept: float | None = None
 
     def __check_init__(self) -> None:
         """Refuses a solver that would never stop."""
@@ -77,7 +82,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
                 "Nothing stops `NormalCG()`: pass `max_steps`, `rtol` or `atol`."
             )
         refuse_below("NormalCG", 1, max_steps=self.max_steps)
-        refuse_negative("NormalCG", rtol=self.rtol, atol=self.atol)
+        refuse_negative("NormalCG", rtol=self.rtol, atol=self.atol, accept=self.accept)
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]
@@ -85,7 +90,10 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         """Returns the linearised operator."""
         del options
         require_real(operator)
-        return NormalCGState(lx.linearise(operator))
+        exact = self.max_steps is None  # else nobody asks how exact the products are
+        own = epsilon(operator.in_structure())
+        rounding = rounding_of_products(operator) if exact else own
+        return NormalCGState(lx.linearise(operator), rounding)
 
     def is_exact(self, state: NormalCGState) -> bool:
         """Whether the iteration runs to its tolerance."""
@@ -99,7 +107,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         require_like(options.get("preconditioner"), vector, "preconditioner")
         unknown = state.operator.in_structure()
         require_like(options.get("y0"), unknown, "y0", "unknown")
-        x, _, steps = self._iterated(state.operator, vector, options)
+        x, _, steps = self._iterated(state, vector, options)
         r = minus(vector, state.operator.mv(x))
         if self.max_steps is not None:
             # A NaN in the operator ends the iteration at once, at a finite start. From
@@ -110,24 +118,30 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
             else:
                 finite = jnp.isfinite(max_abs(r))
             return approximate(x, vector, norm(r), regular=finite, num_steps=steps)
-        rr, bb = dot(r, r), dot(vector, vector)
-        return measured(x, rr, bb, rtol=self.accept, num_steps=steps)
+        rr, bb, (rtol, atol) = dot(r, r), dot(vector, vector), self._accepted(state)
+        return measured(x, rr, bb, rtol=rtol, atol=atol, num_steps=steps)
+
+    def _accepted(self, state: NormalCGState) -> tuple[Any, Any]:
+        if self.accept is not None:
+            return self.accept, 0.0
+        asked = greatest(self.rtol, state.rounding)
+        return greatest(_ACCEPT, _SLACK * asked), _SLACK * self.atol
 
     def _iterated(
-        self,
-        operator: lx.AbstractLinearOperator,
-        vector: PyTree[Array],
-        options: dict[str, Any],
+        self, state: NormalCGState, vector: PyTree[Array], options: dict[str, Any]
     ) -> Found:
         """The last iterate; of a wide operator, iterated in the space of `b`."""
+        operator = state.operator
         mv, back, y0 = operator.mv, operator.transpose().mv, options.get("y0")
         preconditioner = options.get("preconditioner")
         if operator.out_size() >= operator.in_size():
             squared = _squared(preconditioner)
-            return self._solve(lambda v: back(mv(v)), back(vector), squared, y0)
+            tall = lambda v: back(mv(v))
+            return self._solve(tall, back(vector), squared, y0, state.rounding)
         squared = _squared(preconditioner and preconditioner.transpose())
         left = vector if y0 is None else minus(vector, mv(y0))
-        found = self._solve(lambda v: mv(back(v)), left, squared, None)
+        wide = lambda v: mv(back(v))
+        found = self._solve(wide, left, squared, None, state.rounding)
         x = back(found.x)
         return found._replace(x=x if y0 is None else add(y0, x))
 
@@ -137,6 +151,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         b: PyTree[Array],
         precondition: Callable[[PyTree[Array]], PyTree[Array]],
         y0: PyTree[Array] | None,
+        rounding: float,
     ) -> Found:
         most = _STEPS_PER_UNKNOWN * size(b)
         system = System(
@@ -144,7 +159,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
             precondition=precondition,
             b=b,
             bb=dot(b, b),
-            rtol=greatest(self.rtol, epsilon(b)),
+            rtol=greatest(self.rtol, rounding),
             atol=self.atol,
             max_steps=most if self.max_steps is None else self.max_steps,
         )
@@ -155,7 +170,7 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
     ) -> tuple[NormalCGState, dict[str, Any]]:
         """Returns the state of the transposed operator, and its options."""
         transposed = state.operator.transpose()
-        return NormalCGState(transposed), transposed_options(options)
+        return NormalCGState(transposed, state.rounding), transposed_options(options)
 
     def conj(
         self, state: NormalCGState, options: dict[str, Any]

@@ -21,6 +21,7 @@ from ._pattern import (
     Structure as Structure,
 )
 from ._residual import check_bytes
+from ._rounding import rounding_of_products
 from ._sparse_plans import AbstractPlan, Backend, generic_vector, plan_for
 
 
@@ -68,15 +69,6 @@ def _working_dtype(*layouts: _Layout) -> np.dtype:
     for dtype in dtypes:
         out = np.promote_types(out, dtype)
     return out
-
-
-def _rounding(*layouts: _Layout) -> float:
-    """How well two ways to compute a product agree, in the coarsest dtype.
-
-    With room for half of the digits to cancel: an entry that the pattern lacks shows.
-    """
-    eps = [float(jnp.finfo(d).eps) for layout in layouts for d in layout.dtypes]
-    return max(eps) ** 0.5
 
 
 class _SparseState(eqx.Module):
@@ -254,7 +246,9 @@ def _entries(
     else:
         products = jax.vmap(forward)(jnp.concatenate([seeds, probe[None]]))
         values, image = plan.read(products[:-1]), products[-1]
-    return values, plan.agrees(values, generic, image, _rounding(domain, codomain))
+    # With room for half of the digits to cancel: an entry that the pattern lacks shows.
+    close = rounding_of_products(operator) ** 0.5
+    return values, plan.agrees(values, generic, image, close)
 
 
 def _result(good: Bool[Array, ""], agrees: Bool[Array, ""]) -> lx.RESULTS:
