@@ -651,6 +651,77 @@ def test_badly_scaled_equations_are_not_taken_for_singular(fn):
     np.testing.assert_allclose(flat(x), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("pivot", [1e-1, 1e-2, 1e-3])
+def test_blocks_lose_no_digits_of_a_part_beside_a_larger_one(pivot):
+    # A Laplacian with large solutions, and a part that needs other pivots than those of
+    # its blocks, of condition 3.
+    m, n, q = 300, 64, 16
+
+    def residual(y, b):
+        up, w = jnp.pad(y["u"], 1), jnp.pad(y["v"], q)
+        near = w[q - 1 : -q - 1] + w[q + 1 : n + q + 1] + y["v"]
+        far = w[: -2 * q] + w[2 * q :]
+        laplacian = 2 * y["u"] - up[:-2] - up[2:]
+        return {"u": laplacian - b["u"], "v": far + pivot * near - b["v"]}
+
+    draws = np.random.default_rng(0).normal(size=m + n)
+    b = {
+        "u": jnp.asarray(draws[:m], jnp.float32),
+        "v": jnp.asarray(draws[m:], jnp.float32),
+    }
+    y = jtu.tree_map(jnp.zeros_like, b)
+    matrix = np.asarray(
+        jax.jacfwd(lambda v: residual({**y, "v": v}, b)["v"])(y["v"]), float
+    )
+    wanted = np.linalg.solve(matrix, draws[m:]), np.linalg.solve(matrix.T, draws[m:])
+
+    @jax.jit
+    def both(b):
+        solution = lambda b: eqi.implicit_solution(
+            eqi.Root(residual), y, b, linear_solver=SparseDirect(backend="blocks")
+        )
+        return jax.jvp(solution, (b,), (b,))[1]["v"], jax.vjp(solution, b)[1](b)[0]["v"]
+
+    for got, want in zip(both(b), wanted, strict=True):
+        if pivot > 1e-3:  # else too many digits are lost to bring them back
+            np.testing.assert_allclose(got, want, atol=1e-5 * np.max(np.abs(want)))
+        else:
+            assert np.isnan(got).all()
+
+
+def test_elimination_that_loses_the_digits_is_no_singular_matrix():
+    # Wilkinson's matrix, whose last pivot is a power of two, and its condition is not.
+    n = 120
+    matrix = np.eye(n) - np.tri(n, k=-1)
+    matrix[:, -1] = 1
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+    b = jnp.asarray(np.random.default_rng(0).normal(size=n))
+    solution = lx.linear_solve(operator, b, SparseDirect(), throw=False)
+    assert np.isnan(solution.value).all()
+    assert solution.result == lx.RESULTS.breakdown
+    assert solution.stats["condition_estimate"] < 1e3
+
+
+REDUCTIONS = {
+    "all": lambda v: 3 * v + jax.lax.reduce(v, 0.0, lambda a, b: a + b * 1.0, (0,)),
+    "rows": lambda v: (
+        3 * v.reshape(6, 6)
+        + jax.lax.reduce(v.reshape(6, 6), 0.0, lambda a, b: a + 1.0 * b, (1,))[:, None]
+    ).reshape(-1),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_the_body_of_a_reduction_is_no_call(name):
+    struct = jax.ShapeDtypeStruct((36,), jnp.float64)
+    operator = lx.FunctionLinearOperator(REDUCTIONS[name], struct)
+    b = jnp.arange(36.0)
+    x = lx.linear_solve(operator, b, eqi.AutoLinearSolver()).value
+    np.testing.assert_allclose(x, np.linalg.solve(operator.as_matrix(), b), atol=1e-8)
+    with pytest.raises(ValueError, match="cannot find the sparsity"):
+        lx.linear_solve(operator, b, SparseDirect())
+
+
 def test_an_operator_that_is_not_linear_is_a_breakdown():
     struct = jax.ShapeDtypeStruct((90,), jnp.float64)
     operator = lx.FunctionLinearOperator(lambda x: 2 * ring(x) + x**2, struct)

@@ -71,8 +71,10 @@ class DiagonalPlan(AbstractPlan):
     ) -> Solved:
         del transposed
         x = b / values
-        trusted = every((values != 0) & jnp.isfinite(values) & jnp.isfinite(x))
-        return Solved(x, trusted, peaks(values * x - b), jnp.ones_like(peaks(b)))
+        regular = every((values != 0) & jnp.isfinite(values))
+        trusted = regular & every(jnp.isfinite(x))
+        condition = jnp.where(regular, jnp.ones_like(peaks(b)), jnp.inf)
+        return Solved(x, trusted, peaks(values * x - b), condition)
 
 
 def _margin(values: Bands) -> Float[Array, ""]:

@@ -4,8 +4,10 @@ Ordered by reverse Cuthill-McKee (Cuthill and McKee, 1969), a sparse matrix has 
 small bandwidth `s`; cut into blocks of `s` it is block tridiagonal. Pivoting is
 inside blocks only, hence stable for (block) diagonally dominant and for positive
 definite matrices (Golub and Van Loan, "Matrix Computations", 4th ed., section 4.5);
-the caller measures the residual. One block makes this a dense LU.
+the caller refines, and measures the residual. One block makes this a dense LU.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,28 +68,32 @@ class Blocks:
                 "pass an iterative `linear_solver`."
             )
 
-    def solve(
-        self, values: Inexact[Array, " nnz"], rhs: Inexact[Array, "n k"]
-    ) -> Inexact[Array, "n k"]:
-        """The solution of the system, without any check of its quality."""
-        size, columns = rhs.shape
-        m, s = self.count, self.block
+    def factorised(
+        self, values: Inexact[Array, " nnz"]
+    ) -> Callable[[Inexact[Array, "n k"]], Inexact[Array, "n k"]]:
+        """What solves the system, without any check of its quality."""
+        size, m, s = self.order.size, self.count, self.block
         cells = jnp.zeros(m * s * 3 * s, values.dtype).at[self.place].add(values)
         cells = cells.reshape(m, s, 3, s)
         fill = jnp.arange(m * s, dtype=jnp.int32) >= size
         unit = fill.reshape(m, s, 1) & jnp.eye(s, dtype=bool)[None]
         left, right = cells[:, :, 0], cells[:, :, 2]
-        middle = cells[:, :, 1] + unit.astype(values.dtype)
-        b = jnp.pad(rhs[self.order], ((0, m * s - size), (0, 0)))
-        x = _block_solve(left, middle, right, b.reshape(m, s, columns))
-        return jnp.zeros_like(rhs).at[self.order].set(x.reshape(-1, columns)[:size])
+        factors = _eliminated(left, cells[:, :, 1] + unit.astype(values.dtype), right)
+
+        def solve(rhs: Inexact[Array, "n k"]) -> Inexact[Array, "n k"]:
+            columns = rhs.shape[1]
+            b = jnp.pad(rhs[self.order], ((0, m * s - size), (0, 0)))
+            x = _substituted(left, factors, b.reshape(m, s, columns))
+            return jnp.zeros_like(rhs).at[self.order].set(x.reshape(-1, columns)[:size])
+
+        return solve
 
 
 def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _block_solve(left: Array, middle: Array, right: Array, rhs: Array) -> Array:
+def _eliminated(left: Array, middle: Array, right: Array) -> _Step:
     r"""Block LU: `S_i = D_i - L_i W_{i-1}`, `W_i = S_i^{-1} U_i`."""
 
     def eliminate(w: Array, blocks: tuple[Array, Array, Array]) -> tuple[Array, _Step]:
@@ -96,6 +102,11 @@ def _block_solve(left: Array, middle: Array, right: Array, rhs: Array) -> Array:
         w = jsp.linalg.lu_solve(factor, right)
         return w, (factor, w)
 
+    start = jnp.zeros_like(middle[0])
+    return jax.lax.scan(eliminate, start, (left, middle, right))[1]
+
+
+def _substituted(left: Array, factors: _Step, rhs: Array) -> Array:
     def forward(y: Array, x: tuple[Array, _Factor, Array]) -> tuple[Array, Array]:
         left, factor, b = x  # S_i y_i = b_i - L_i y_{i-1}
         y = jsp.linalg.lu_solve(factor, b - _matmul(left, y))
@@ -106,9 +117,7 @@ def _block_solve(left: Array, middle: Array, right: Array, rhs: Array) -> Array:
         x = y - _matmul(w, x)
         return x, x
 
-    start = jnp.zeros_like(middle[0])
-    _, (factors, w) = jax.lax.scan(eliminate, start, (left, middle, right))
-    zero = jnp.zeros_like(rhs[0])
-    _, y = jax.lax.scan(forward, zero, (left, factors, rhs))
+    (each, w), zero = factors, jnp.zeros_like(rhs[0])
+    _, y = jax.lax.scan(forward, zero, (left, each, rhs))
     _, x = jax.lax.scan(backward, zero, (w, y), reverse=True)
     return x

@@ -87,4 +87,12 @@ def is_trusted(residual: Array, size: Array, top: Array) -> Bool[Array, "*k"]:
     the right-hand side.
     """
     backward = residual <= eps_power(residual.dtype, 0.75) * (size + top)
-    return backward & (size <= eps_power(residual.dtype, -0.8) * top)
+    return backward & is_regular(size, top)
+
+
+def is_regular(size: Array, top: Array | float = 1.0) -> Bool[Array, "*k"]:
+    """Whether a scaled matrix with solutions of this size leaves digits; NaN does not.
+
+    That of a condition number, too.
+    """
+    return size <= eps_power(size.dtype, -0.8) * top

@@ -245,16 +245,23 @@ def _inner(eqn: Equation) -> jex.ClosedJaxpr | None:
         return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         body = eqn.params.get(key)
-        if isinstance(body, jex.ClosedJaxpr):
-            return body
         if isinstance(body, jex.Jaxpr) and not body.constvars:
-            return jex.ClosedJaxpr(body, ())
+            body = jex.ClosedJaxpr(body, ())
+        if isinstance(body, jex.ClosedJaxpr) and _is_called(eqn, body.jaxpr):
+            return body
     return None
+
+
+def _is_called(eqn: Equation, body: jex.Jaxpr) -> bool:
+    """Whether `body` takes what the equation does: not so that of a reduction."""
+    of = lambda atoms: [getattr(a.aval, "shape", None) for a in atoms]
+    inputs, outputs = of(body.invars), of(body.outvars)
+    return inputs == of(eqn.invars) and outputs == of(eqn.outvars)
 
 
 def _step(eqn: Equation, ins: list[Traced], limit: int) -> list[Traced]:
     body = _inner(eqn)
-    if body is not None and len(body.jaxpr.invars) == len(ins):
+    if body is not None:
         consts = [Traced(known=known_value(c)) for c in body.consts]
         return propagate(body.jaxpr, consts, ins, limit)
     if all(t.pattern is None for t in ins):

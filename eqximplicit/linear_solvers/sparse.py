@@ -20,9 +20,10 @@ from ._pattern import (
     flat_size,
     Structure as Structure,
 )
+from ._plan import AbstractPlan, generic_vector, is_regular
 from ._residual import check_bytes
 from ._rounding import rounding_of_products
-from ._sparse_plans import AbstractPlan, Backend, generic_vector, plan_for
+from ._sparse_plans import Backend, plan_for
 
 
 class _Layout(NamedTuple):
@@ -93,16 +94,18 @@ class SparseDirect(AbstractDirectSolver[_SparseState]):
     per structure of the jaxpr and holds for all values, hence under `jit` and `vmap`.
 
     The result is checked, not assumed. One more product, with a quasi-random vector,
-    compares entries read off products with the operator. Rows and columns are scaled to
-    entries of at most one; then both the right-hand side $b$ and a generic vector are
-    solved for, and `singular` is reported unless for both
+    compares entries read off products with the operator (else `breakdown`). Rows and
+    columns are scaled to entries of at most one; then both the right-hand side $b$ and
+    a generic vector are solved for, and the solve has failed unless for both
 
     $\|Ax - b\|_\infty \le \epsilon^{3/4} (\|x\|_\infty + \|b\|_\infty)$ and
     $\|x\|_\infty \le \epsilon^{-4/5} \|b\|_\infty$
 
     (a small backward error and a condition number that leaves digits; the generic
-    vector tells a singular system with a consistent right-hand side). A failed
-    solution is NaN, but that of zero is zero.
+    vector tells a singular system with a consistent right-hand side). If the second
+    fails, the result is `singular`; else elimination has lost the digits, and it is
+    `breakdown`. The LU in blocks is refined, and the first is asked of each row. A
+    failed solution is NaN, but that of zero is zero.
 
     **Arguments:**
 
@@ -166,7 +169,8 @@ class SparseDirect(AbstractDirectSolver[_SparseState]):
             "residual_norm": solved.residual,
             "condition_estimate": solved.condition,
         }
-        x, result = state.domain.unflatten(solution), _result(good, state.agrees)
+        singular = state.agrees & ~is_regular(solved.condition)
+        x, result = state.domain.unflatten(solution), _result(good, singular)
         return Measured(x, ~every(b == 0), good, result, stats)
 
     def transpose(
@@ -251,6 +255,6 @@ def _entries(
     return values, plan.agrees(values, generic, image, close)
 
 
-def _result(good: Bool[Array, ""], agrees: Bool[Array, ""]) -> lx.RESULTS:
-    failed = lx.RESULTS.where(agrees, lx.RESULTS.singular, lx.RESULTS.breakdown)
+def _result(good: Bool[Array, ""], singular: Bool[Array, ""]) -> lx.RESULTS:
+    failed = lx.RESULTS.where(singular, lx.RESULTS.singular, lx.RESULTS.breakdown)
     return lx.RESULTS.where(good, lx.RESULTS.successful, failed)
