@@ -265,6 +265,27 @@ MUTANTS = [
         "for x in leaves[:-1]]\n    return reduced(lax.concatenate",
         "tests/test_reduce.py -k 'leaves'",
     ),
+    Mutant(
+        "precision of the state alone",
+        "linear_solvers/_rounding.py",
+        "return max(epsilon(struct), coarsest(program.jaxpr, _of_fast_products()))",
+        "return epsilon(struct)",
+        "tests/test_float32.py -k 'measured_no_better'",
+    ),
+    Mutant(
+        "blocks without refinement",
+        "linear_solvers/_sparse_plans.py",
+        "_REFINEMENTS = 2",
+        "_REFINEMENTS = 0",
+        "tests/test_sparse.py -k 'blocks_lose_no_digits'",
+    ),
+    Mutant(
+        "blocks believed row by row",
+        "linear_solvers/_sparse_plans.py",
+        "return jnp.where(sound, x, jnp.nan), peaks(x)",
+        "return x, peaks(x)",
+        "tests/test_sparse.py -k 'blocks_lose_no_digits'",
+    ),
 ]
 
 
