@@ -109,7 +109,9 @@ def subject(name: str, layer: AnyLayer, y0: Any, args: Any) -> Subject:
     else:
         raise TypeError(
             f"`{name}` examines an `ImplicitFunction` or an `AbstractImplicitModule`; "
-            f"got {describe(layer)}. Build a layer from your condition and solver."
+            f"got {describe(layer)}. Build a layer from your condition and solver: of "
+            "a `nn.DEQ`, `ImplicitFunction(FixedPoint(deq.cell), deq.solver, "
+            "deq.adjoint)`, with `z0` and `x` for `y0` and `args`."
         )
     _refuse_tracers(name, _Inputs(found.theta, found.y0))
     return found

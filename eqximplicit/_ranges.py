@@ -17,6 +17,17 @@ def refuse_negative(name: str, **values: Any) -> None:
             )
 
 
+def refuse_zero(name: str, **values: Any) -> None:
+    """Refuses zero, NaN and infinity, by its name; a traced one passes."""
+    for field, value in values.items():
+        if isinstance(value, Tracer):
+            continue
+        if not np.all((np.asarray(value) != 0) & np.isfinite(value)):
+            raise ValueError(
+                f"`{name}({field}=...)` must be finite and not 0; got {value}."
+            )
+
+
 def refuse_below(name: str, least: int, **counts: Any) -> None:
     """Refuses what is no whole number, or less than `least`; `None` passes."""
     for field, count in counts.items():

@@ -12,8 +12,8 @@ from jaxtyping import Array
 
 from ._adjoint import ImplicitAdjoint
 from ._custom_types import LinearSolver, PyTree
-from ._finding import Finding, number, rendered
-from ._forward import failed_solve
+from ._finding import Finding, number, rendered, serious
+from ._forward import failed_solve, forward, inaccurate, not_a_minimum
 from ._linear_rule import factorised, LinearRule, transposed
 from ._point import AnyLayer, examine, flat, implicit_adjoint, Point, subject, unflat
 from ._spectrum import conditioning, false_tags, matrix_of, Spectrum, spectrum_of
@@ -27,6 +27,7 @@ from .linear_solvers import (
     HybridKrylov,
     SparseDirect,
 )
+from .linear_solvers._dense import singular_below
 from .linear_solvers._placed import OnOneDevice
 from .linear_solvers._residual import scale, where, zeros_like
 from .linear_solvers.checked import checked
@@ -198,12 +199,12 @@ def _as_cotangent(point: Point, cotangent: PyTree[Any]) -> PyTree[Array]:
 
 
 def _error(
-    matrix: Vector | None, spectrum: Spectrum | None, x: Vector, ct: Vector
+    matrix: Vector | None, spectrum: Spectrum | None, x: Vector, ct: Vector, eps: float
 ) -> float | None:
     if matrix is None or spectrum is None:
         return None
     if spectrum.flats:
-        exact = np.linalg.pinv(matrix.T, rcond=1e-10) @ ct
+        exact = np.linalg.pinv(matrix.T, rcond=singular_below(eps)) @ ct
     else:
         exact = np.linalg.solve(matrix.T, ct)
     return float(np.linalg.norm(x - exact) / (np.linalg.norm(exact) or 1.0))
@@ -221,9 +222,10 @@ def gradient_report(
 ) -> GradientReport:
     r"""Returns how the derivative of a layer is computed, and how well.
 
-    Solves the forward problem once and the adjoint system
-    $(\partial F/\partial y)^T x = \bar y$ once, outside of any derivative, and measures
-    its residual. Never part of a training loop: it looks at values.
+    Solves the forward problem and the adjoint system
+    $(\partial F/\partial y)^T x = \bar y$ outside of any derivative, and measures its
+    residual. Then it takes the layer's own derivative, which is NaN where the value is
+    not to be trusted, and says so. Never part of a training loop: it looks at values.
 
     **Arguments:**
 
@@ -262,7 +264,7 @@ def gradient_report(
     else:
         ct = _as_cotangent(point, cotangent)
     solved = _solved(point, point.untagged.transpose(), adjoint, ct)
-    error = _error(matrix, spectrum, flat(solved.x), flat(ct))
+    error = _error(matrix, spectrum, flat(solved.x), flat(ct), point.eps)
     answerer = _answerer(point.operator, adjoint, solved.stats)
     findings = [
         *failed_solve(point),
@@ -270,6 +272,8 @@ def gradient_report(
         *conditioning(point, spectrum),
         *_inexact(answerer, solved, error, point.eps),
     ]
+    if not serious(findings) and _is_refused(point, ct):
+        findings += _why_refused(point, matrix, spectrum, random)
     return GradientReport(
         solver=answerer.name,
         reason=answerer.reason,
@@ -282,6 +286,42 @@ def gradient_report(
         error=error,
         findings=tuple(findings),
     )
+
+
+def _is_refused(point: Point, ct: PyTree[Array]) -> bool:
+    """Whether the layer's own reverse mode has no number for this cotangent."""
+    moving, resting = eqx.partition(point.subject.theta, eqx.is_inexact_array)
+
+    def value(moving: Any) -> Any:
+        return point.subject.solve(eqx.combine(moving, resting)).value
+
+    # JAX pairs cotangents without a conjugate.
+    ct_y = jtu.tree_map(jnp.conj, unflat(flat(ct), point.y))
+    (pulled,) = eqx.filter_vjp(value, moving)[1](ct_y)
+    return any(bool(jnp.isnan(x).any()) for x in jtu.tree_leaves(pulled))
+
+
+def _why_refused(
+    point: Point,
+    matrix: Vector | None,
+    spectrum: Spectrum | None,
+    random: np.random.Generator,
+) -> list[Finding]:
+    return [
+        Finding(
+            "error",
+            "The derivative of the layer is NaN, although the adjoint system has a "
+            "solution: the value contradicts what its solver claims of it, as a "
+            "multiple root does, a saddle, or a value that is no solution; or `∂F/∂θ` "
+            "is not finite.",
+            "the solution",
+            f"largest residual {number(float(point.solution.stats['residual_norm']))}",
+            "Tighten the solver's tolerance or start elsewhere; "
+            "`eqi.check_implicit(layer, y0, args)` compares more.",
+        ),
+        *not_a_minimum(point, spectrum),
+        *inaccurate(forward(point, matrix, random), point.eps),
+    ]
 
 
 def _inexact(

@@ -456,6 +456,8 @@ def test_static_array_is_refused_wherever_it_is():
 BAD_SETTINGS = [
     (lambda: eqi.AutoMinimiser(rtol=np.inf), "rtol"),
     (lambda: eqi.Anderson(1e-8, 1e-8, mixing=np.nan), "mixing"),
+    (lambda: eqi.Neumann(5, alpha=0.0), "alpha"),
+    (lambda: eqi.Neumann(5, damping=np.nan), "damping"),
 ]
 
 
@@ -469,6 +471,7 @@ def test_setting_that_is_no_such_number_is_refused(make, name):
 
 def test_unreachable_tolerances_are_warned_about():
     operator = lx.MatrixLinearOperator(jnp.eye(3))
-    for solver in (eqi.HybridKrylov(rtol=1e-30), eqi.Neumann(rtol=1e-30)):
+    for kind in (eqi.HybridKrylov, eqi.Neumann, eqi.NormalCG):
+        solver = kind(rtol=1e-30)
         with pytest.warns(UserWarning, match="resolution.*Loosen `rtol`"):
             lx.linear_solve(operator, jnp.ones(3), solver, throw=False)

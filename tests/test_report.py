@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import optimistix as optx
 import pytest
 from jaxtyping import TypeCheckError
 
@@ -45,6 +46,54 @@ def test_healthy_system_is_reported_with_solver_reason_and_true_condition():
     assert report.residual < 1e-14
     np.testing.assert_allclose(report.condition, np.linalg.cond(A), rtol=1e-10)
     assert report.num_bytes >= 2 * 9 * 8  # the matrix and its inverse
+
+
+SADDLE = lambda y, a: y[0] ** 2 - y[1] ** 2 + a * y[0] + 0.1 * y[1] ** 4
+REFUSED = {
+    "double root": (
+        eqi.Root(lambda y, a: y**2 - a),
+        optx.Newton(1e-8, 1e-8),
+        (jnp.ones(1), 0.0),
+        "multiple root: the Jacobian vanishes",
+    ),
+    "saddle": (
+        eqi.Minimum(SADDLE),
+        optx.BFGS(1e-8, 1e-8),
+        (jnp.array([1.0, 0.0]), 1.0),
+        "stationary point but no minimum",
+    ),
+    "no solution": (
+        eqi.Minimum(lambda y, a: jnp.sum((y - a) ** 2)),
+        optx.GradientDescent(1e-10, 1e-3, 1e-3),
+        (jnp.zeros(3), 2.0),
+        "value is not a solution",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_derivative_that_the_layer_refuses_is_an_error(name):
+    condition, solver, (y0, a), why = REFUSED[name]
+    layer = eqi.ImplicitFunction(condition, solver, throw=False)
+    assert np.isnan(jax.grad(lambda a: layer(y0, a).sum())(a))
+    report = eqi.gradient_report(layer, y0, jnp.asarray(a))
+    assert report.findings[0].severity == "error"
+    assert "derivative of the layer is NaN" in whats(report)
+    assert why in whats(report)
+
+
+def test_error_of_a_flat_minimum_is_that_of_the_minimum_norm_in_single_precision():
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))
+    matrix = q @ np.diag([0.0, *np.linspace(1, 5, 11)]) @ q.T
+    hessian = jnp.asarray(matrix, jnp.float32)
+    draws = jnp.asarray(np.random.default_rng(1).normal(size=(2, 12)), jnp.float32)
+    b, ct = draws @ hessian
+    fn = lambda y, b: y @ (hessian @ y) / 2 - b @ y
+    y = jnp.asarray(np.linalg.pinv(matrix) @ np.asarray(b, float), jnp.float32)
+    layer = eqi.ImplicitFunction(eqi.Minimum(fn), lambda y0, b: y)
+    report = eqi.gradient_report(layer, y, b, ct)
+    assert report.solver == "DirectSymmetric"
+    assert report.error < 1e-5
 
 
 def test_tag_chooses_the_solver_that_the_report_names():

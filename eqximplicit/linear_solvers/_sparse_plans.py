@@ -14,6 +14,7 @@ from .._entries import every
 from ._banded_plans import DiagonalPlan, TridiagonalPlan
 from ._blocks import Blocks
 from ._coloring import colour, MISSING
+from ._dense import NOISE
 from ._klu import klu, klu_solve
 from ._plan import (
     AbstractPlan,
@@ -129,8 +130,15 @@ class SparsePlan(AbstractPlan):
         for _ in range(_REFINEMENTS):
             x = x + solve(rhs - self._product(scaled, x, transposed))
         left = jnp.abs(rhs - self._product(scaled, x, transposed))
-        terms = self._product(jnp.abs(scaled), jnp.abs(x), transposed) + jnp.abs(rhs)
-        sound = every(left <= eps_power(x.dtype, 0.75) * terms)
+        sizes, size = jnp.abs(scaled), jnp.abs(x)
+        terms = self._product(sizes, size, transposed) + jnp.abs(rhs)
+        # Entries that are zero but for rounding, that of the rows they are in: what
+        # those entries are in is rounding, too.
+        across = self._product(sizes, terms, not transposed)
+        noise = self._product(sizes, across, transposed)
+        eps = eps_power(x.dtype, 1)
+        rounding = NOISE * eps * (noise + eps * peaks(x)[None])
+        sound = every(left <= eps_power(x.dtype, 0.75) * terms + rounding)
         return jnp.where(sound, x, jnp.nan), peaks(x)
 
     def _product(self, scaled: Array, x: Array, transposed: bool) -> Array:

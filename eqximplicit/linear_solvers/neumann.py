@@ -9,7 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Int
 
 from .._custom_types import PyTree
-from .._ranges import refuse_below, refuse_negative
+from .._ranges import refuse_below, refuse_negative, refuse_zero
 from ._iterations import picard, System
 from ._measured import AbstractMeasuredSolver, approximate, Measured, measured
 from ._residual import (
@@ -98,9 +98,10 @@ class Neumann(AbstractMeasuredSolver[NeumannState]):
     max_steps: int = eqx.field(default=1000, static=True)
 
     def __check_init__(self) -> None:
-        """Refuses a series without terms, and negative tolerances."""
+        """Refuses a series without terms, negative tolerances, and terms of no size."""
         refuse_below("Neumann", 1, num_terms=self.num_terms, max_steps=self.max_steps)
         refuse_negative("Neumann", rtol=self.rtol, atol=self.atol)
+        refuse_zero("Neumann", damping=self.damping, alpha=self.alpha)
 
     def init(
         self, operator: lx.AbstractLinearOperator, options: dict[str, Any]

@@ -25,6 +25,7 @@ from ._residual import (
     require_real,
     size,
     transposed_options,
+    warn_if_unreachable,
 )
 from ._rounding import rounding_of_products
 
@@ -93,6 +94,8 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         exact = self.max_steps is None  # else nobody asks how exact the products are
         own = epsilon(operator.in_structure())
         rounding = rounding_of_products(operator) if exact else own
+        if exact:
+            warn_if_unreachable("NormalCG", self.rtol, self.atol, rounding)
         return NormalCGState(lx.linearise(operator), rounding)
 
     def is_exact(self, state: NormalCGState) -> bool:
