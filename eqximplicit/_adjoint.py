@@ -60,11 +60,13 @@ class Solve(eqx.Module):
     y0: Any
     args: Any
     run: Callable[["Solve", WhileLoop], Outcome] = eqx.field(static=True)
+    with_inverse: bool = eqx.field(static=True, default=False)
 
-    def detached(self) -> "Solve":
+    def detached(self, with_inverse: bool = False) -> "Solve":
         """The same solve, with no derivative through anything it depends on."""
         condition, y0, args = stop_gradient((self.condition, self.y0, self.args))
-        return Solve(condition, detach(self.solver), y0, args, self.run)
+        solver = detach(self.solver)
+        return Solve(condition, solver, y0, args, self.run, with_inverse)
 
 
 class AbstractAdjoint(optx.AbstractAdjoint):
@@ -177,10 +179,23 @@ class ImplicitAdjoint(AbstractAdjoint):
 
     - `linear_solver`: a lineax solver for $\partial F/\partial y$.
     - `options`: its run-time options, such as `{"preconditioner": operator}`.
+    - `reuse`: whether its preconditioner is the inverse of $\partial F/\partial y$ with
+        which the forward solver has ended: that which [`eqximplicit.Broyden`][] or
+        `optx.BFGS` have learnt, or the factorisation of `optx.Chord`. With
+        `Neumann(1)` that inverse is all there is of the derivative, which is SHINE;
+        an iteration to a tolerance makes an exact one of it in fewer steps. Direct
+        solvers have no use for it.
+
+    ??? cite "References"
+
+        Z. Ramzi, F. Mannel, S. Bai, J.-L. Starck, P. Ciuciu, T. Moreau, *SHINE: SHaring
+        the INverse Estimate from the forward pass for bi-level optimization and
+        implicit models*, ICLR (2022).
     """
 
     linear_solver: LinearSolver = eqx.field(default_factory=AutoLinearSolver)
     options: dict[str, Any] = eqx.field(default_factory=dict)
+    reuse: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
         check_instance(
@@ -189,6 +204,11 @@ class ImplicitAdjoint(AbstractAdjoint):
             lx.AbstractLinearSolver,
             "a lineax solver, `eqi.DirectLU()` say",
         )
+        if self.reuse and "preconditioner" in self.options:
+            raise ValueError(
+                "`ImplicitAdjoint` is given a preconditioner in `options`, and `reuse` "
+                "for another one. Leave one of them out."
+            )
 
     def differentiable(self, solve: Solve, residual_tol: float | None) -> Outcome:
         """Returns the outcome of the detached solve with the derivative attached.
@@ -196,8 +216,9 @@ class ImplicitAdjoint(AbstractAdjoint):
         A lane whose solver failed, whose residual exceeds `residual_tol`, or whose
         value contradicts what an optimistix solver claims of it, has a NaN derivative.
         """
-        detached = solve.detached()
+        detached = solve.detached(self.reuse)
         outcome = stop_gradient(detached.run(detached, lax_while_loop))
+        options, outcome = self._with_inverse(outcome)
         outcome = _judged(outcome, residual_tol)
         guess = _if_like(detached.y0, outcome.y)
         if outcome.at is None and guess is not None:
@@ -207,13 +228,26 @@ class ImplicitAdjoint(AbstractAdjoint):
             outcome.y,
             solve.args,
             linear_solver=self.linear_solver,
-            options=self.options,
+            options=options,
             aux=outcome.aux,
             trusted=outcome.trusted,
             at=outcome.at,
             claim=_claim_of(detached.solver, solve.condition, outcome),
         )
         return eqx.tree_at(lambda o: o.y, outcome, y)
+
+    def _with_inverse(self, outcome: Outcome) -> tuple[dict[str, Any], Outcome]:
+        """The options of the linear solver, and the outcome without what is in them."""
+        if not self.reuse:
+            return self.options, outcome
+        if outcome.inverse is None:
+            raise ValueError(
+                "`ImplicitAdjoint(reuse=True)` needs a solver of optimistix or of this "
+                "package that ends with an inverse of `∂F/∂y`; a callable, or a solver "
+                "on the host, has none to give. Leave out `reuse`."
+            )
+        options = {**self.options, "preconditioner": outcome.inverse}
+        return options, dataclasses.replace(outcome, inverse=None)
 
     def apply(
         self,
@@ -226,6 +260,11 @@ class ImplicitAdjoint(AbstractAdjoint):
 
         Where it reports a failure, the derivative is NaN.
         """
+        if self.reuse:
+            raise ValueError(
+                "`ImplicitAdjoint(reuse=True)` is for the functions and layers of this "
+                "package: optimistix does not tell what its solvers have learnt."
+            )
         root, rest = stop_gradient(primal_fn((*stop_gradient(inputs), lax_while_loop)))
         condition = Root(lambda y, inputs: rewrite_fn(y, rest, inputs), tags)
         y = implicit_solution(

@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Int
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 from ._condition import AbstractCondition
 from ._custom_types import PyTree
 from ._entries import all_finite, max_abs, max_norm
+from ._inverse import inverse_of
 from ._lanes import any_lane, in_every_lane
 from ._monitor import Monitor, Watch
 from ._one_kernel import in_one_kernel
@@ -70,6 +72,7 @@ class Run(eqx.Module):
     options: dict[str, Any]
     max_steps: int | None = eqx.field(static=True)
     watch: Watch | None = None
+    with_inverse: bool = eqx.field(static=True, default=False)
 
     def step(self, y: PyTree[Array], state: Any) -> tuple[Any, Any, Any]:
         return self.solver.step(
@@ -99,7 +102,8 @@ class Outcome(eqx.Module):
 
     Fields as `Solution`. `trusted` is whether the solver itself reported success, and
     nothing against a derivative there. `at` is where one is linearised, if that has
-    been chosen: `y`, or the guess where `y` is not trusted.
+    been chosen: `y`, or the guess where `y` is not trusted. `inverse` is that of
+    `∂F/∂y` as the solver knows it, if it has been asked.
     """
 
     y: Any
@@ -108,6 +112,7 @@ class Outcome(eqx.Module):
     trusted: Bool[Array, ""]
     stats: dict[str, Any]
     at: Any = None
+    inverse: lx.AbstractLinearOperator | None = None
 
     def linearised_from(self, guess: Any) -> "Outcome":
         """The outcome with `at` chosen."""
@@ -163,10 +168,12 @@ def iterate(
     max_steps: int | None,
     while_loop: WhileLoop,
     monitor: Monitor | None = None,
+    with_inverse: bool = False,
 ) -> Outcome:
     """The outcome of running an optimistix solver on a hoisted condition.
 
-    **Raises:** `TypeError` if the solver is of the wrong kind for the condition.
+    **Raises:** `TypeError` if the solver is of the wrong kind for the condition,
+    `ValueError` if it has no inverse and is asked for one.
     """
     solver = fitted(solver, y0)
     fn = iterated_fn(solver, condition, y0)
@@ -174,8 +181,8 @@ def iterate(
         solver = with_tolerances(solver, y0)
     y = to_real(y0, real_dtype(y0))
     watch = _watch(monitor, fn, args, max_steps)
-    run = Run(solver, fn, args, options, max_steps, watch)
-    if watch is not None or while_loop is not lax_while_loop:
+    run = Run(solver, fn, args, options, max_steps, watch, with_inverse)
+    if watch is not None or with_inverse or while_loop is not lax_while_loop:
         return _iterated(run, y, while_loop)
     if is_closed_form(solver, y, options):
         return in_one_kernel(lambda: _in_closed_form(run, y).linearised_from(y0))
@@ -315,8 +322,10 @@ def _outcome(run: Run, carry: _Carry, state: Any) -> Outcome:
         trusted = trusted & stats["simple"]
     if run.watch is not None:
         stats |= run.watch.stats(carry.record, carry.num_steps)
-    value = from_real(y, run.fn.like)
-    return Outcome(value, run.fn.whole_aux(aux), reported, trusted, stats)
+    value, aux, inverse = from_real(y, run.fn.like), run.fn.whole_aux(aux), None
+    if run.with_inverse:
+        inverse = inverse_of(run.solver, run.fn.condition, state, y)
+    return Outcome(value, aux, reported, trusted, stats, inverse=inverse)
 
 
 def _judged_simple(stats: dict[str, Any], like: PyTree[Any]) -> dict[str, Any]:

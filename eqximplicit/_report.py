@@ -271,6 +271,7 @@ def gradient_report(
         *false_tags(point, matrix, spectrum, random),
         *conditioning(point, spectrum),
         *_inexact(answerer, solved, error, point.eps),
+        *_not_reused(adjoint),
     ]
     if not serious(findings) and _is_refused(point, ct):
         findings += _why_refused(point, matrix, spectrum, random)
@@ -286,6 +287,21 @@ def gradient_report(
         error=error,
         findings=tuple(findings),
     )
+
+
+def _not_reused(adjoint: ImplicitAdjoint) -> list[Finding]:
+    if not adjoint.reuse:
+        return []
+    return [
+        Finding(
+            "note",
+            "The figures are without the preconditioner that `reuse` takes from the "
+            "forward solver.",
+            "`adjoint.reuse`",
+            "iterations, residual and error",
+            "`eqi.check_implicit` takes the derivative with it.",
+        )
+    ]
 
 
 def _is_refused(point: Point, ct: PyTree[Array]) -> bool:

@@ -82,6 +82,7 @@ def _run(layer: Layer, solve: Solve, while_loop: WhileLoop) -> Outcome:
         max_steps=layer.max_steps,
         while_loop=while_loop,
         monitor=layer.monitor,
+        with_inverse=solve.with_inverse,
     )
 
 

@@ -469,6 +469,25 @@ def test_setting_that_is_no_such_number_is_refused(make, name):
         make()
 
 
+@pytest.mark.parametrize(
+    ("solver", "tag"),
+    [
+        (lx.CG(1e-8, 1e-8), "lx.positive_semidefinite_tag"),
+        (lx.Cholesky(), "lx.positive_semidefinite_tag"),
+        (lx.Diagonal(), "lx.diagonal_tag"),
+        (lx.Tridiagonal(), "lx.tridiagonal_tag"),
+        (lx.Triangular(), "lx.lower_triangular_tag"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_linear_solver_names_the_tag_that_it_needs(solver, tag):
+    condition = eqi.Minimum(lambda y, a: jnp.sum((y - a) ** 2))
+    adjoint = eqi.ImplicitAdjoint(linear_solver=solver)
+    layer = eqi.ImplicitFunction(condition, lambda y0, a: a, adjoint)
+    with pytest.raises(ValueError, match=f"pass `tags={tag}` to the condition"):
+        jax.grad(lambda a: layer(a, a).sum())(jnp.ones(4))
+
+
 def test_unreachable_tolerances_are_warned_about():
     operator = lx.MatrixLinearOperator(jnp.eye(3))
     for kind in (eqi.HybridKrylov, eqi.Neumann, eqi.NormalCG):

@@ -1,7 +1,8 @@
 """A lineax solver whose answer is measured instead of believed."""
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -29,13 +30,46 @@ _SUBSTITUTION = (lx.Diagonal, lx.Triangular)
 _DIRECT = (*_SUBSTITUTION, lx.Cholesky, lx.Tridiagonal, lx.AutoLinearSolver)
 
 
+class _Need(NamedTuple):
+    """What solvers of lineax need of an operator, and the tag that says it."""
+
+    kinds: tuple[Any, ...]
+    what: str
+    tag: str
+    tests: tuple[Callable[[lx.AbstractLinearOperator], bool], ...]
+
+
+_DEFINITE = (lx.is_positive_semidefinite, lx.is_negative_semidefinite)
+_SIDES = (lx.is_lower_triangular, lx.is_upper_triangular)
+_NEEDS = (
+    _Need((lx.CG, lx.Cholesky), "definite", "positive_semidefinite_tag", _DEFINITE),
+    _Need((lx.Diagonal,), "diagonal", "diagonal_tag", (lx.is_diagonal,)),
+    _Need((lx.Tridiagonal,), "tridiagonal", "tridiagonal_tag", (lx.is_tridiagonal,)),
+    _Need((lx.Triangular,), "triangular", "lower_triangular_tag", _SIDES),
+)
+
+
+def _refuse_untagged(solver: LinearSolver, operator: lx.AbstractLinearOperator) -> None:
+    for need in _NEEDS:
+        if isinstance(solver, need.kinds) and not any(t(operator) for t in need.tests):
+            raise ValueError(
+                f"`lx.{type(solver).__name__}` needs an operator that is {need.what}, "
+                "and the tags of the condition do not say that `∂F/∂y` is. If it "
+                f"always is, pass `tags=lx.{need.tag}` to the condition; else use "
+                "`eqi.AutoLinearSolver()`."
+            )
+
+
 def checked(solver: LinearSolver, operator: lx.AbstractLinearOperator) -> LinearSolver:
     """`solver`, measured if it claims to have the solution of a regular system.
 
     One of this package measures its answers itself, and one that is for singular
     systems need not have small residuals. Elimination is probed, too; that of a matrix
     without structure is done by [`eqximplicit.DirectLU`][], which knows more of it.
+
+    **Raises:** `ValueError` if the operator lacks the tag that the solver asks for.
     """
+    _refuse_untagged(solver, operator)
     if isinstance(_selected(solver, operator), _GENERAL):
         return DirectLU(max_bytes=sys.maxsize)
     ours = isinstance(solver, AbstractMeasuredSolver)
