@@ -969,3 +969,91 @@ def test_thin_factors_give_least_squares_and_their_derivatives(rows):
     np.testing.assert_allclose(solved(jnp.asarray(b)), inverse @ b, rtol=1e-9)
     pull = jax.vjp(solved, jnp.asarray(b))[1](jnp.asarray(ct))[0]
     np.testing.assert_allclose(pull, inverse.T @ ct, rtol=1e-9)
+
+
+# --- found by review
+
+
+def test_nystrom_of_all_columns_is_exact_in_single_precision():
+    n, rho = 50, 1e-3
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(n, n)))
+    hessian = (q * np.logspace(0, -3, n)) @ q.T
+    hessian = ((hessian + hessian.T) / 2).astype(np.float32)
+    b = q @ np.ones(n)
+    operator = lx.MatrixLinearOperator(
+        jnp.asarray(hessian), lx.positive_semidefinite_tag
+    )
+    x = lx.linear_solve(operator, jnp.asarray(b, jnp.float32), Nystrom(n, rho=rho))
+    found = np.asarray(x.value, float)
+    exact = np.linalg.solve(hessian.astype(float) + rho * np.eye(n), b)
+    assert np.linalg.norm(found - exact) < 1e-4 * np.linalg.norm(exact)
+
+
+def test_nystrom_in_small_units():
+    operator = lx.MatrixLinearOperator(
+        jnp.asarray(np.diag([3e-20, 2e-20, 1e-20]), jnp.float32), lx.symmetric_tag
+    )
+    x = lx.linear_solve(operator, jnp.ones(3, jnp.float32), Nystrom(3, rho=1e-21)).value
+    np.testing.assert_allclose(x * 1e-20, 1 / np.array([3.1, 2.1, 1.1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_steps", [17, 19, 100])
+def test_without_a_second_phase_the_residual_is_that_of_the_answer(max_steps):
+    n, rng = 40, np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    matrix = (q * np.linspace(1 / 3, 1, n)) @ q.T
+    matrix = ((matrix + matrix.T) / 2).astype(np.float32)
+    b, y0 = rng.normal(size=n), 1e6 * rng.normal(size=n)
+    b, y0 = jnp.asarray(b, jnp.float32), jnp.asarray(y0, jnp.float32)
+    operator = lx.MatrixLinearOperator(
+        jnp.asarray(matrix), lx.positive_semidefinite_tag
+    )
+    solver = HybridKrylov(restart=0, max_steps=max_steps)
+    found = lx.linear_solve(operator, b, solver, options={"y0": y0}, throw=False)
+    x = np.asarray(found.value, float)
+    left = np.linalg.norm(np.asarray(b, float) - matrix.astype(float) @ x)
+    # The rounding of a residual aside.
+    np.testing.assert_allclose(found.stats["residual_norm"], left, rtol=0.2, atol=1e-5)
+    good = left < 1e-3 * np.linalg.norm(b)
+    assert (found.result == lx.RESULTS.successful) == good
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_normal_cg_takes_its_steps_from_a_warm_start_too(steps):
+    rng = np.random.default_rng(0)
+    matrix, b, y0 = rng.normal(size=(6, 6)), rng.normal(size=6), rng.normal(size=6)
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+    options = {"y0": jnp.asarray(y0)}
+    found = lx.linear_solve(operator, jnp.asarray(b), NormalCG(steps), options=options)
+    # The best of the Krylov space of the normal equations.
+    normal, right = matrix.T @ matrix, matrix.T @ (b - matrix @ y0)
+    basis = [np.linalg.matrix_power(normal, k) @ right for k in range(steps)]
+    best = np.linalg.lstsq(matrix @ np.stack(basis, 1), b - matrix @ y0, rcond=None)[0]
+    wanted = y0 + np.stack(basis, 1) @ best
+    np.testing.assert_allclose(found.value, wanted, rtol=1e-8)
+    assert found.stats["num_steps"] == steps
+
+
+@pytest.mark.parametrize("solver", [HybridKrylov(), Neumann()])
+def test_iterations_of_a_half_precision_operator(solver):
+    operator = lx.MatrixLinearOperator(jnp.asarray(0.9 * np.eye(40), jnp.bfloat16))
+    x = lx.linear_solve(operator, jnp.ones(40, jnp.bfloat16), solver).value
+    np.testing.assert_allclose(np.asarray(x, float), 1 / 0.9, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rcond: DirectSymmetric(rcond=rcond),
+        lambda rcond: AutoLinearSolver(rcond=rcond),
+        lambda rcond: LeastNorm(rcond=rcond),
+        lambda rcond: LeastNorm(rcond=rcond, least_squares=True),
+    ],
+)
+def test_rcond_may_be_traced(make):
+    operator = lx.MatrixLinearOperator(
+        jnp.diag(jnp.array([1.0, 2, 0])), lx.symmetric_tag
+    )
+    b = jnp.array([1.0, 1.0, 0.0])
+    solve = jax.jit(lambda rcond: lx.linear_solve(operator, b, make(rcond)).value)
+    np.testing.assert_allclose(solve(1e-8), [1, 0.5, 0], atol=1e-12)

@@ -120,9 +120,8 @@ def picard(
     max_steps = min(system.max_steps, COUNTED)
 
     def unfinished(c: _Picard) -> Bool[Array, ""]:
-        rr = c.rr
-        wanted = ~system.solved(rr) & (c.steps < max_steps)
-        return wanted & goes_on(rr, c.before)
+        rr, before = c.rr.astype(exact), c.before.astype(exact)
+        return ~system.solved(rr) & (c.steps < max_steps) & goes_on(rr, before)
 
     def step(c: _Picard) -> _Picard:
         r = minus(system.b, system.mv(c.ahead))

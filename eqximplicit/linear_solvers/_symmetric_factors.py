@@ -29,15 +29,7 @@ class Spectral(NamedTuple):
     indefinite: Bool[Array, ""]
 
 
-def pseudo_inverse(matrix: Float[Array, "n n"], rcond: float) -> Float[Array, "n n"]:
-    """The pseudo-inverse of a symmetric matrix, by its eigenvectors."""
-    found = spectral(matrix, rcond, rcond, rcond)
-    return (found.vectors * found.weights[None, :]) @ found.vectors.T
-
-
-def spectral(
-    matrix: Float[Array, "n n"], rcond: float, zero: Cut, null: Cut
-) -> Spectral:
+def spectral(matrix: Float[Array, "n n"], rcond: Cut, zero: Cut, null: Cut) -> Spectral:
     # What is indefinite is no minimum nearly reached, with directions nearly flat.
     values, vectors = jnp.linalg.eigh(matrix)
     sizes = jnp.abs(values)
@@ -94,7 +86,7 @@ def completed(
     skewed: Bool[Array, ""],
     matrix: Float[Array, "n n"],
     factor: Float[Array, "n n"],
-    cuts: tuple[float, Cut, Cut],
+    cuts: tuple[Cut, Cut, Cut],
 ) -> Spectral:
     """`factor` where `definite`; if that is not all lanes, eigenvectors of the rest."""
 

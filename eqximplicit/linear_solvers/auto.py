@@ -99,7 +99,7 @@ class AutoLinearSolver(AbstractMeasuredSolver[AutoState]):
     """
 
     rtol: float | Float[Array, ""] | None = None
-    rcond: float | None = None
+    rcond: float | Float[Array, ""] | None = None
     max_steps: int = eqx.field(default=1000, static=True)
     dense_size: int = eqx.field(default=DENSE_SIZE, static=True)
     fallback_size: int = eqx.field(default=FALLBACK_SIZE, static=True)

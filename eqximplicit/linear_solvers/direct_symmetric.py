@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import PyTree
-from .._entries import peak
+from .._entries import greatest, peak
 from .._lanes import any_lane
 from .._state import known
 from ._dense import (
@@ -101,7 +101,7 @@ class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
         derivative of a minimum passes `4 ‖∇f‖ / ‖y‖` of the point where it is taken.
     """
 
-    rcond: float | None = None
+    rcond: float | Float[Array, ""] | None = None
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
 
     def init(
@@ -125,7 +125,7 @@ class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
         matrix = jnp.where(skew <= (SKEWED if coarse else tight), matrix, jnp.nan)
         factor, health = definite_factor(matrix)
         # Ten times the limit: the health of a pivot is only an upper bound.
-        definite = health > 10 * max(limit, rcond)
+        definite = health > 10 * greatest(limit, rcond)
         skewed = skew > tight
         if coarse:
             factor, regular = skew_inverse(matrix, factor, skewed)
@@ -147,7 +147,7 @@ class DirectSymmetric(AbstractDirectSolver[SymmetricState]):
             coarse,
         )
 
-    def _cuts(self, matrix: Float[Array, "n n"]) -> tuple[float, Cut, Cut]:
+    def _cuts(self, matrix: Float[Array, "n n"]) -> tuple[Cut, Cut, Cut]:
         """Below which parts of the largest eigenvalue others are left out, and zero."""
         if self.rcond is not None:
             return self.rcond, self.rcond, self.rcond

@@ -31,6 +31,7 @@ from ._measured import AbstractMeasuredSolver, Measured, measured
 from ._residual import (
     dot,
     epsilon,
+    minus,
     require_like,
     scale,
     size,
@@ -53,9 +54,9 @@ def default_rtol(eps: float, rounding: float) -> float:
     """The relative residual at which a matrix-free solve stops by default.
 
     `eps` is that of the vectors, `rounding` that of the lowest precision in a product:
-    no residual is much less.
+    no residual is much less. Of half precision there are no 16 to spare.
     """
-    return max(1e-10, 16 * eps, rounding)
+    return max(1e-10, min(16 * eps, max(eps, 1e-5)), rounding)
 
 
 class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
@@ -224,9 +225,9 @@ class HybridKrylov(AbstractMeasuredSolver[KrylovState]):
         else:
             it = picard(system, warm, contracts)
         need = (straight | ~system.solved(it.rr)) & jnp.isfinite(system.bb)
-        first = iterated(it)
         if self.restart == 0:
-            return first
+            return iterated(_measured(system, it) if state.symmetric else it)
+        first = iterated(it)
         stage = _Stage(self, state, vector, options, it, need)
 
         def second() -> Outcome:
@@ -316,6 +317,12 @@ class _Stage(NamedTuple):
     options: dict[str, Any]
     found: Found
     need: Bool[Array, ""]  # of this lane, to go on
+
+
+def _measured(system: System, found: Found) -> Found:
+    """With the residual of the answer, where that of a recurrence was known."""
+    r = minus(system.b, system.mv(found.x))
+    return found._replace(rr=dot(r, r), steps=found.steps + 1)
 
 
 def _precondition(preconditioner: lx.AbstractLinearOperator | None, sign: int) -> Any:

@@ -6,9 +6,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
+from .._entries import greatest
 from ._dense import consistency_limit, MAX_BYTES, residual_limit
 from ._measured import AbstractDirectSolver, Measured, measured
 from ._residual import dot, epsilon, norm
@@ -61,7 +62,7 @@ class LeastNorm(AbstractDirectSolver[LeastNormState]):
     - `project`: as `least_squares`, for one solve.
     """
 
-    rcond: float | None = None
+    rcond: float | Float[Array, ""] | None = None
     least_squares: bool = eqx.field(default=False, static=True)
     max_bytes: int = eqx.field(default=MAX_BYTES, static=True)
 
@@ -90,10 +91,10 @@ class LeastNorm(AbstractDirectSolver[LeastNormState]):
             # that is the projection.
             judged = jnp.where(jnp.all(keep), lost(spectrum, r), judged)
         # With a large `rcond`, the values that were dropped remain in the residual.
-        rtol = max(consistency_limit(eps), rcond if project else 0)
+        rtol = greatest(consistency_limit(eps), rcond if project else 0.0)
         # Every right-hand side is in the range of a matrix of full row rank.
         whole = jnp.all(keep) if rows <= cols else False
-        rtol = jnp.where(whole, max(rtol, residual_limit(eps)), rtol)
+        rtol = jnp.where(whole, greatest(rtol, residual_limit(eps)), rtol)
         rank = jnp.sum(keep)
         return measured(
             spectrum.lay_out(x),

@@ -156,7 +156,10 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
         y0: PyTree[Array] | None,
         rounding: float,
     ) -> Found:
-        most = _STEPS_PER_UNKNOWN * size(b)
+        most = (
+            _STEPS_PER_UNKNOWN * size(b) if self.max_steps is None else self.max_steps
+        )
+        begun = 0 if y0 is None else 1  # the product of a start is counted, but no step
         system = System(
             mv=mv,
             precondition=precondition,
@@ -164,9 +167,10 @@ class NormalCG(AbstractMeasuredSolver[NormalCGState]):
             bb=dot(b, b),
             rtol=greatest(self.rtol, rounding),
             atol=self.atol,
-            max_steps=most if self.max_steps is None else self.max_steps,
+            max_steps=most + begun,
         )
-        return conjugate_gradient(system, y0)
+        found = conjugate_gradient(system, y0)
+        return found._replace(steps=found.steps - begun)
 
     def transpose(
         self, state: NormalCGState, options: dict[str, Any]

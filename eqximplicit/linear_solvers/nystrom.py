@@ -14,7 +14,6 @@ from .._custom_types import PyTree, ShapeDtypeStruct
 from .._ranges import refuse_below
 from ._measured import AbstractMeasuredSolver, approximate, Measured
 from ._residual import epsilon, minus, norm, size, structure
-from ._symmetric_factors import pseudo_inverse
 
 
 class NystromState(eqx.Module):
@@ -92,10 +91,10 @@ class Nystrom(AbstractMeasuredSolver[NystromState]):
         chosen = jax.random.choice(key, n, (self.rank,), replace=False)
         units = _unit_vectors(chosen, struct)
         columns = jax.vmap(lambda unit: _scaled(sign, operator.mv(unit)))(units)
-        core = self.rho * _gram(units, columns) + _gram(columns, columns)
-        # Singular where the sampled columns are dependent: an operator of lower rank.
-        inverse = pseudo_inverse(core, 10 * self.rank * epsilon(struct))
-        return NystromState(lx.linearise(operator), columns, inverse, sign)
+        cut = 10 * self.rank * epsilon(struct)
+        roots, signs = _roots(_gram(units, columns), columns, cut)
+        core = jnp.diag(self.rho * signs) + _gram(roots, roots)
+        return NystromState(lx.linearise(operator), roots, jnp.linalg.inv(core), sign)
 
     def answer(
         self, state: NystromState, vector: PyTree[Array], options: dict[str, Any]
@@ -145,6 +144,25 @@ def _unit_vectors(
         units.append((index == which).astype(leaf.dtype))
         offset += leaf.size
     return jtu.tree_unflatten(treedef, units)
+
+
+def _roots(
+    core: Float[Array, "k k"], columns: PyTree[Array], cut: float
+) -> tuple[PyTree[Array], Float[Array, " k"]]:
+    """`B` and the diagonal of `S`, of signs, for which `B S Bᵀ` is the approximation.
+
+    With the square root of the sampled block, as its square has half of the digits.
+    The block is singular where the sampled columns are dependent.
+    """
+    values, vectors = jnp.linalg.eigh((core + core.T) / 2)
+    sizes = jnp.abs(values)
+    kept = sizes > cut * jnp.max(sizes)
+    inverse = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, sizes, 1)), 0)
+    mixed = vectors * inverse[None, :]
+    roots = jtu.tree_map(
+        lambda c: jnp.tensordot(mixed.T, c, axes=1, precision="highest"), columns
+    )
+    return roots, jnp.where(kept & (values < 0), -1.0, 1.0).astype(core.dtype)
 
 
 def _project(columns: PyTree[Array], x: PyTree[Array]) -> Float[Array, " k"]:
